@@ -1,0 +1,436 @@
+"""The model: encoder, decoder, and the VAE that holds both."""
+
+import warnings
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import named_scope
+from jaxtyping import Array, Float
+
+from ._config import LATENT_BATCH, SAMPLE_BATCH, Config
+from ._convolution import pointwise_conv
+from ._layers import (
+    CausalConv3d,
+    Conv,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    ResnetCache,
+    SpatialNorm,
+    Upsample,
+)
+from ._posterior import DiagonalGaussian
+from ._transforms import framewise
+from ._types import Key, Video
+
+_MID_RESNETS = 2
+_OUT_EPS = 1e-6
+# Above what any normalised clip reaches, noise included, and far below pixel values up to 255.
+_LARGEST_SAMPLE = 16.0
+
+
+class BlockCache(NamedTuple):
+    """The caches of a block's resnets."""
+
+    resnets: tuple[ResnetCache, ...]
+
+
+class DownBlock(eqx.Module):
+    """Resnets, then halving, where there is a downsampler."""
+
+    resnets: tuple[ResnetBlock, ...]
+    downsamplers: tuple[Downsample, ...]
+
+    def __call__(
+        self, x: Video, cache: BlockCache | None = None
+    ) -> tuple[Video, BlockCache]:
+        x, cache = _chain(self.resnets, x, cache)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+        return x, cache
+
+
+class MidBlock(eqx.Module):
+    """Resnets at the lowest resolution."""
+
+    resnets: tuple[ResnetBlock, ...]
+
+    def __call__(
+        self, x: Video, cache: BlockCache | None = None, *, latents: Video | None = None
+    ) -> tuple[Video, BlockCache]:
+        return _chain(self.resnets, x, cache, latents)
+
+
+class UpBlock(eqx.Module):
+    """Resnets, then doubling, where there is an upsampler."""
+
+    resnets: tuple[ResnetBlock, ...]
+    upsamplers: tuple[Upsample, ...]
+
+    def __call__(
+        self, x: Video, cache: BlockCache | None = None, *, latents: Video
+    ) -> tuple[Video, BlockCache]:
+        x, cache = _chain(self.resnets, x, cache, latents)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x, cache
+
+
+class EncoderCache(NamedTuple):
+    """What the encoder's causal convolutions saw last."""
+
+    conv_in: Video | None
+    down_blocks: tuple[BlockCache, ...]
+    mid_block: BlockCache
+    conv_out: Video | None
+
+
+class DecoderCache(NamedTuple):
+    """What the decoder's causal convolutions saw last."""
+
+    conv_in: Video | None
+    mid_block: BlockCache
+    up_blocks: tuple[BlockCache, ...]
+    conv_out: Video | None
+
+
+class Encoder(eqx.Module):
+    """From a frame batch of video to the moments of its latents."""
+
+    conv_in: CausalConv3d
+    down_blocks: tuple[DownBlock, ...]
+    mid_block: MidBlock
+    norm_out: GroupNorm
+    conv_out: CausalConv3d
+
+    def __init__(
+        self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"
+    ):
+        keys = jax.random.split(key, len(config.block_out_channels) + 3)
+        widths = config.block_out_channels
+        options = {"pad_mode": pad_mode, "dtype": dtype}
+        self.conv_in = CausalConv3d(config.in_channels, widths[0], key=keys[0], **options)
+        self.down_blocks = tuple(
+            _down_block(config, level, key=keys[3 + level], **options)
+            for level in range(len(widths))
+        )
+        mid = (widths[-1],) * (_MID_RESNETS + 1)
+        self.mid_block = MidBlock(_resnets(config, mid, None, key=keys[1], **options))
+        self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, _OUT_EPS, dtype=dtype)
+        moments = 2 * config.latent_channels
+        self.conv_out = CausalConv3d(widths[-1], moments, key=keys[2], **options)
+
+    @named_scope("eqx_cogvae.Encoder")
+    def __call__(
+        self, x: Float[Array, "b t h w c"], cache: EncoderCache | None = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 z"], EncoderCache]:
+        downs = (None,) * len(self.down_blocks)
+        conv_in, down_blocks, mid_block, conv_out = cache or (None, downs, None, None)
+        x, conv_in = self.conv_in(x, conv_in)
+        caches = []
+        for block, past in zip(self.down_blocks, down_blocks, strict=True):
+            x, past = block(x, past)
+            caches.append(past)
+        x, mid_block = self.mid_block(x, mid_block)
+        x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), conv_out)
+        return x, EncoderCache(conv_in, tuple(caches), mid_block, conv_out)
+
+
+class Decoder(eqx.Module):
+    """From a frame batch of latents to video."""
+
+    conv_in: CausalConv3d
+    mid_block: MidBlock
+    up_blocks: tuple[UpBlock, ...]
+    norm_out: SpatialNorm
+    conv_out: CausalConv3d
+
+    def __init__(
+        self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"
+    ):
+        keys = jax.random.split(key, len(config.block_out_channels) + 4)
+        widths, latents = config.block_out_channels[::-1], config.latent_channels
+        options = {"pad_mode": pad_mode, "dtype": dtype}
+        self.conv_in = CausalConv3d(latents, widths[0], key=keys[0], **options)
+        mid = (widths[0],) * (_MID_RESNETS + 1)
+        self.mid_block = MidBlock(_resnets(config, mid, latents, key=keys[1], **options))
+        self.up_blocks = tuple(
+            _up_block(config, level, key=keys[4 + level], **options)
+            for level in range(len(widths))
+        )
+        groups = config.norm_num_groups
+        self.norm_out = SpatialNorm(widths[-1], latents, groups, key=keys[2], dtype=dtype)
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels, key=keys[3], **options)
+
+    @named_scope("eqx_cogvae.Decoder")
+    def __call__(
+        self, latents: Float[Array, "b t h w z"], cache: DecoderCache | None = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 c"], DecoderCache]:
+        ups = (None,) * len(self.up_blocks)
+        conv_in, mid_block, up_blocks, conv_out = cache or (None, None, ups, None)
+        x, conv_in = self.conv_in(latents, conv_in)
+        x, mid_block = self.mid_block(x, mid_block, latents=latents)
+        caches = []
+        for block, past in zip(self.up_blocks, up_blocks, strict=True):
+            x, past = block(x, past, latents=latents)
+            caches.append(past)
+        x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x, latents)), conv_out)
+        return x, DecoderCache(conv_in, mid_block, tuple(caches), conv_out)
+
+
+class VAE(eqx.Module):
+    """The CogVideoX video autoencoder.
+
+    Video is `(b, t, h, w, 3)` in [-1, 1]; latents are `(b, t', h/8, w/8, 16)` by default, in
+    the VAE's own units. Numbers agree with diffusers' `AutoencoderKLCogVideoX`.
+
+    !!! Example
+
+        ```python
+        >>> import jax
+        >>> import eqx_cogvae as cv
+        >>> config = cv.Config(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1)
+        >>> vae = cv.VAE(config, key=jax.random.key(0))
+        >>> vae.encode(jax.numpy.zeros((1, 9, 16, 24, 3))).mean.shape
+        (1, 5, 8, 12, 16)
+
+        ```
+    """
+
+    config: Config = eqx.field(static=True)
+    encoder: Encoder
+    decoder: Decoder
+    quant_conv: Conv | None
+    post_quant_conv: Conv | None
+
+    def __init__(
+        self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"
+    ):
+        ekey, dkey, qkey, pkey = jax.random.split(key, 4)
+        z = config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config, key=ekey, dtype=dtype, pad_mode=pad_mode)
+        self.decoder = Decoder(config, key=dkey, dtype=dtype, pad_mode=pad_mode)
+        self.quant_conv = (
+            Conv((1, 1, 1), 2 * z, 2 * z, key=qkey, dtype=dtype) if config.use_quant_conv else None
+        )
+        self.post_quant_conv = (
+            Conv((1, 1, 1), z, z, key=pkey, dtype=dtype) if config.use_post_quant_conv else None
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of parameters, activations and results; inputs are cast to it."""
+        return self.decoder.conv_in.conv.weight.dtype
+
+    @eqx.filter_jit
+    def encode_step(
+        self, frames: Float[Array, "b t h w c"], cache: EncoderCache | None = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 z"], EncoderCache]:
+        """Encodes one frame batch, given what was cached of those before it.
+
+        Returns the moments `(b, t', h', w', 2 * latent_channels)`, for
+        `DiagonalGaussian.from_moments`, and the cache for the next batch.
+
+        **Raises:** `ValueError` for a wrong rank, channel count or dtype.
+        """
+        cell = self.config.spatial_compression
+        _check(frames, "video", self.config.in_channels, smallest=cell)
+        x, cache = self.encoder(frames.astype(self.dtype), cache)
+        if self.quant_conv is not None:
+            x = pointwise_conv(x, self.quant_conv.weight, self.quant_conv.bias)
+        return x, cache
+
+    @eqx.filter_jit
+    def decode_step(
+        self, latents: Float[Array, "b t h w z"], cache: DecoderCache | None = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 c"], DecoderCache]:
+        """Decodes one frame batch, given what was cached of those before it.
+
+        **Raises:** `ValueError` for a wrong rank, channel count or dtype.
+        """
+        _check(latents, "latents", self.config.latent_channels, smallest=1)
+        z = latents.astype(self.dtype)
+        if self.post_quant_conv is not None:
+            z = pointwise_conv(z, self.post_quant_conv.weight, self.post_quant_conv.bias)
+        return self.decoder(z, cache)
+
+    def encode(self, video: Float[Array, "b t h w c"]) -> DiagonalGaussian:
+        """Encodes a clip in frame batches of 8; the first takes the remainder.
+
+        Counts of 8k + 1 frames round-trip; others warn. See `pad_frames`.
+
+        **Raises:** `ValueError` for a wrong rank, channel count, dtype or range.
+        """
+        _check(video, "video", self.config.in_channels, smallest=self.config.spatial_compression)
+        _check_range(video)
+        _warn_of_frames(video.shape[1], self.config)
+        return DiagonalGaussian.from_moments(framewise(self.encode_step, SAMPLE_BATCH)(video))
+
+    def decode(self, latents: Float[Array, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
+        """Decodes a clip in frame batches of 2; the first takes the remainder. Not clipped.
+
+        **Raises:** `ValueError` for a wrong rank, channel count or dtype.
+        """
+        _check(latents, "latents", self.config.latent_channels, smallest=1)
+        return framewise(self.decode_step, LATENT_BATCH)(latents)
+
+    def __call__(
+        self, video: Float[Array, "b t h w c"], *, key: Key | None = None
+    ) -> Float[Array, "b t2 h2 w2 c"]:
+        """Reconstructs a clip from latents drawn with `key`, or from their mode without one."""
+        posterior = self.encode(video)
+        return self.decode(posterior.mode() if key is None else posterior.sample(key))
+
+    def scale_latents(
+        self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
+    ) -> Float[Array, "b t h w z"]:
+        """To the diffusion model's units: `(z - shift - mean) / std * scaling_factor`.
+
+        `image_condition=True` is for the latents of the picture an image-to-video model starts
+        from: those are divided by the factor where the config sets `invert_scale_latents`.
+        """
+        shift, std = self._latent_statistics()
+        scaled = (latents - shift.astype(latents.dtype)) / std.astype(latents.dtype)
+        return scaled * self._factor(image_condition)
+
+    def unscale_latents(
+        self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
+    ) -> Float[Array, "b t h w z"]:
+        """From the diffusion model's units: undoes `scale_latents`."""
+        shift, std = self._latent_statistics()
+        scaled = latents / self._factor(image_condition)
+        return scaled * std.astype(latents.dtype) + shift.astype(latents.dtype)
+
+    def _factor(self, image_condition: bool) -> float:
+        factor = self.config.scaling_factor
+        return 1 / factor if image_condition and self.config.invert_scale_latents else factor
+
+    def _latent_statistics(self) -> tuple[Array, Array]:
+        config, shape = self.config, (1, 1, 1, 1, self.config.latent_channels)
+        mean = jnp.zeros(shape) if config.latents_mean is None else jnp.array(config.latents_mean)
+        std = jnp.ones(shape) if config.latents_std is None else jnp.array(config.latents_std)
+        return mean.reshape(shape) + (config.shift_factor or 0.0), std.reshape(shape)
+
+
+def pad_frames(video: Float[Array, "b t h w c"]) -> tuple[Float[Array, "b t2 h w c"], int]:
+    """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`."""
+    t = video.shape[1]
+    missing = (1 - t) % SAMPLE_BATCH
+    if not missing:
+        return video, t
+    return jnp.concatenate([video, jnp.repeat(video[:, -1:], missing, axis=1)], axis=1), t
+
+
+def crop_frames(video: Float[Array, "b t2 h w c"], t: int) -> Float[Array, "b t h w c"]:
+    """The first `t` frames: undoes `pad_frames` after decoding."""
+    if not 0 < t <= video.shape[1]:
+        raise ValueError(f"cannot crop {video.shape[1]} frames to {t}.")
+    return video[:, :t]
+
+
+def _chain(
+    resnets: tuple[ResnetBlock, ...], x: Video, cache: BlockCache | None, latents=None
+) -> tuple[Video, BlockCache]:
+    pasts = (None,) * len(resnets) if cache is None else cache.resnets
+    caches = []
+    for resnet, past in zip(resnets, pasts, strict=True):
+        x, past = resnet(x, past, latents=latents)
+        caches.append(past)
+    return x, BlockCache(tuple(caches))
+
+
+def _resnets(
+    config: Config, widths: tuple[int, ...], latents: int | None, *, pad_mode: str, key: Key, dtype
+) -> tuple[ResnetBlock, ...]:
+    keys = jax.random.split(key, len(widths) - 1)
+    return tuple(
+        ResnetBlock(
+            i,
+            o,
+            groups=config.norm_num_groups,
+            eps=config.norm_eps,
+            act_fn=config.act_fn,
+            latents=latents,
+            pad_mode=pad_mode,
+            key=k,
+            dtype=dtype,
+        )
+        for i, o, k in zip(widths[:-1], widths[1:], keys, strict=True)
+    )
+
+
+def _down_block(config: Config, level: int, *, pad_mode: str, key: Key, dtype) -> DownBlock:
+    rkey, skey = jax.random.split(key)
+    before = config.block_out_channels[max(level - 1, 0)]
+    width = config.block_out_channels[level]
+    widths = (before,) + (width,) * config.layers_per_block
+    resnets = _resnets(config, widths, None, pad_mode=pad_mode, key=rkey, dtype=dtype)
+    if level == len(config.block_out_channels) - 1:
+        return DownBlock(resnets, ())
+    in_time = level < config.temporal_levels
+    return DownBlock(resnets, (Downsample(width, in_time, key=skey, dtype=dtype),))
+
+
+def _up_block(config: Config, level: int, *, pad_mode: str, key: Key, dtype) -> UpBlock:
+    rkey, skey = jax.random.split(key)
+    reverse = config.block_out_channels[::-1]
+    widths = (reverse[max(level - 1, 0)],) + (reverse[level],) * (config.layers_per_block + 1)
+    z = config.latent_channels
+    resnets = _resnets(config, widths, z, pad_mode=pad_mode, key=rkey, dtype=dtype)
+    if level == len(reverse) - 1:
+        return UpBlock(resnets, ())
+    in_time = level < config.temporal_levels
+    return UpBlock(resnets, (Upsample(reverse[level], in_time, key=skey, dtype=dtype),))
+
+
+def _check(x: Array, what: str, channels: int, *, smallest: int) -> None:
+    if x.ndim != 5:
+        raise ValueError(
+            f"{what} must have five axes, (batch, frames, height, width, channels={channels}), "
+            f"got shape {x.shape}; add a batch axis with `[None]` if it lacks one."
+        )
+    if x.shape[-1] != channels:
+        hint = f" or set a config with {x.shape[-1]} channels."
+        if x.shape[1] == channels:
+            hint = ": this looks like BCTHW, use `jnp.moveaxis(x, 1, -1)`."
+        raise ValueError(
+            f"{what} must be BTHWC with {channels} channels last, got shape {x.shape}{hint}"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = " scale pixels by `x / 127.5 - 1`." if what == "video" else " cast them."
+        raise ValueError(f"{what} must be of a floating dtype, got {x.dtype}:{hint}")
+    if min(x.shape[:2]) < 1 or min(x.shape[2:4]) < smallest:
+        raise ValueError(
+            f"{what} must have at least one clip, one frame and {smallest}x{smallest} in height "
+            f"and width, got shape {x.shape}."
+        )
+
+
+def _check_range(video: Array) -> None:
+    if isinstance(video, jax.core.Tracer):
+        return
+    largest = float(jax.device_get(jnp.max(jnp.abs(video))))
+    if largest > _LARGEST_SAMPLE:
+        raise ValueError(
+            f"video must lie in [-1, 1], got values up to {largest:g}: "
+            "scale pixels by `x / 127.5 - 1`."
+        )
+
+
+def _warn_of_frames(t: int, config: Config) -> None:
+    if t % SAMPLE_BATCH == 1:
+        return
+    low = max(t - 1, 0) // SAMPLE_BATCH * SAMPLE_BATCH + 1
+    back = config.sample_frames(config.latent_frames(t))
+    outcome = f"come back as {back}" if back != t else "lose the first frame's special place"
+    warnings.warn(
+        f"{t} frames {outcome}: the nearest good counts are {low} and {low + SAMPLE_BATCH} "
+        "(8k + 1); `pad_frames` reaches the next, `crop_frames` undoes it.",
+        stacklevel=3,
+    )
+
+
+__all__ = ["VAE", "Decoder", "Encoder", "crop_frames", "pad_frames"]

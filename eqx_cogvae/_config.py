@@ -1,0 +1,198 @@
+"""The numbers that define a CogVideoX VAE, under diffusers' names."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
+SAMPLE_BATCH = 8
+LATENT_BATCH = 2
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "cogvideox-2b": {},
+    "cogvideox-5b": {"scaling_factor": 0.7},
+    "cogvideox1.5-5b": {"scaling_factor": 0.7, "invert_scale_latents": True},
+    "tiny": {
+        "block_out_channels": (16, 32, 32, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_height": 128,
+        "sample_width": 192,
+        "scaling_factor": 1.0,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Hyperparameters of a `VAE`: the fields and defaults of diffusers' `AutoencoderKLCogVideoX`.
+
+    `down_block_types` and `up_block_types` follow the length of `block_out_channels` when
+    left out. `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` and
+    `invert_scale_latents` do not touch the network: they serve `VAE.scale_latents`.
+
+    **Raises:** `ValueError` for a number that makes no network.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] | None = None
+    up_block_types: tuple[str, ...] | None = None
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers_per_block: int = 3
+    act_fn: str = "silu"
+    norm_eps: float = 1e-6
+    norm_num_groups: int = 32
+    temporal_compression_ratio: float = 4
+    sample_height: int = 480
+    sample_width: int = 720
+    scaling_factor: float = 1.15258426
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool | float = True
+    use_quant_conv: bool = False
+    use_post_quant_conv: bool = False
+    invert_scale_latents: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        _check_integers(self)
+        blocks = len(self.block_out_channels)
+        for name, kind in (("down", "CogVideoXDownBlock3D"), ("up", "CogVideoXUpBlock3D")):
+            field, due = f"{name}_block_types", (kind,) * blocks
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, due)
+            elif getattr(self, field) != due:
+                raise ValueError(
+                    f"`{field}` must be {blocks} times {kind!r}, one for each of "
+                    f"`block_out_channels`, got {getattr(self, field)}."
+                )
+        _check_numbers(self)
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent cell, along height and along width."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def temporal_levels(self) -> int:
+        """How many of the blocks would halve the frame count, were there enough of them."""
+        return int(math.log2(self.temporal_compression_ratio))
+
+    @property
+    def temporal_compression(self) -> int:
+        """Sample frames per latent frame, in a steady frame batch."""
+        return 2 ** min(self.temporal_levels, len(self.block_out_channels) - 1)
+
+    def latent_frames(self, t: int) -> int:
+        """How many latent frames `t` sample frames encode to."""
+        return sum(map(self._down, frame_batches(t, SAMPLE_BATCH)))
+
+    def sample_frames(self, t: int) -> int:
+        """How many sample frames `t` latent frames decode to."""
+        return sum(map(self._up, frame_batches(t, LATENT_BATCH)))
+
+    def _down(self, t: int) -> int:
+        for _ in range(int(math.log2(self.temporal_compression))):
+            t = t // 2 + t % 2
+        return t
+
+    def _up(self, t: int) -> int:
+        for _ in range(int(math.log2(self.temporal_compression))):
+            t = 2 * t - t % 2
+        return t
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Config":
+        """From the contents of a diffusers `config.json`; keys that begin with `_` are its own.
+
+        **Raises:** `ValueError` for an unknown key, or another model's configuration.
+        """
+        model = fields.get("_class_name", "AutoencoderKLCogVideoX")
+        if model not in ("AutoencoderKLCogVideoX", "EqxAutoencoderKLCogVideoX"):
+            raise ValueError(f"expected the config of an AutoencoderKLCogVideoX, got a {model!r}.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        given = {k: v for k, v in fields.items() if not k.startswith("_")}
+        for key in given.keys() - set(known):
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            raise ValueError(f"unknown config key {key!r}: {hint}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON; `Config.from_dict` reads it back."""
+        fields = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def preset(cls, name: str) -> "Config":
+        """The configuration of a published checkpoint.
+
+        `"CogVideoX-2b"`, `"CogVideoX-5b"`, `"CogVideoX1.5-5B"` (an owner before a slash is
+        ignored) or `"tiny"`, the architecture of the embedded weights.
+        """
+        key = name.rsplit("/", 1)[-1].lower()
+        if key not in _PRESETS:
+            raise ValueError(f"no preset {name!r}, there are {', '.join(_PRESETS)}.")
+        return cls(**_PRESETS[key])
+
+
+def frame_batches(t: int, size: int) -> tuple[int, ...]:
+    """Frame counts of the batches that `t` frames are cut into; the first takes the remainder."""
+    return (t,) if t < size else (size + t % size,) + (size,) * (t // size - 1)
+
+
+def _check_integers(config: Config) -> None:
+    names = (
+        "in_channels",
+        "out_channels",
+        "latent_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "sample_height",
+        "sample_width",
+    )
+    widths = config.block_out_channels
+    if not isinstance(widths, tuple) or not widths:
+        raise ValueError(f"`block_out_channels` must be a tuple of widths, got {widths!r}.")
+    named = [(name, getattr(config, name)) for name in names]
+    for name, value in named + [("block_out_channels", width) for width in widths]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must hold whole numbers of at least 1, got {value!r}.")
+
+
+def _check_numbers(config: Config) -> None:
+    groups = config.norm_num_groups
+    if uneven := [width for width in config.block_out_channels if width % groups]:
+        raise ValueError(
+            f"`norm_num_groups`={groups} must divide every one of `block_out_channels`, "
+            f"and does not divide {uneven[0]}."
+        )
+    if config.act_fn not in ACTIVATIONS:
+        raise ValueError(f"`act_fn` must be one of {', '.join(ACTIVATIONS)}, got {config.act_fn!r}.")
+    positive = ("norm_eps", "temporal_compression_ratio", "scaling_factor")
+    for name in positive:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+    if config.temporal_compression_ratio < 1:
+        raise ValueError(
+            "`temporal_compression_ratio` must be at least 1, "
+            f"got {config.temporal_compression_ratio}."
+        )
+    for name in ("latents_mean", "latents_std"):
+        value = getattr(config, name)
+        if value is not None and len(value) != config.latent_channels:
+            raise ValueError(
+                f"`{name}` must have {config.latent_channels} entries, one per latent channel, "
+                f"got {len(value)}."
+            )
+
+
+__all__ = ["ACTIVATIONS", "LATENT_BATCH", "SAMPLE_BATCH", "Config", "frame_batches"]

@@ -1,0 +1,156 @@
+"""How a convolution is lowered on this platform.
+
+The only file that asks which platform it is on. Every function takes and returns BTHWC
+arrays; every variant computes the same numbers, in another order of summation.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+VARIANTS = ("cpu", "default")
+
+
+def _per_platform(cpu: Callable, default: Callable, *args: Array, variant: str | None) -> Array:
+    if variant is None:
+        return lax.platform_dependent(*args, cpu=cpu, default=default)
+    return {"cpu": cpu, "default": default}[variant](*args)
+
+
+def causal_conv(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "kt kh kw i o"],
+    bias: Float[Array, " o"],
+    cache: Float[Array, "b kt-1 h w i"] | None = None,
+    *,
+    variant: str | None = None,
+) -> tuple[Float[Array, "b t h w o"], Float[Array, "b kt-1 h w i"] | None]:
+    """Causal in time, zero-padded to the same size in space, odd kernels, stride 1.
+
+    `cache` holds the `kt - 1` frames before `x`; without it the first frame of `x` stands in
+    for them. Returned with the result: the cache for the next frames, None if `kt` is 1.
+    `variant` picks a lowering by name, for tests.
+    """
+    past = kernel.shape[0] - 1
+    if past:
+        before = jnp.repeat(x[:, :1], past, axis=1) if cache is None else cache
+        x = jnp.concatenate([before, x], axis=1)
+    pads = [(size // 2, size // 2) for size in kernel.shape[1:3]]
+    y = valid_conv(x, kernel, bias, pads, variant=variant)
+    return y, x[:, -past:] if past else None
+
+
+def valid_conv(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "kt kh kw i o"],
+    bias: Float[Array, " o"],
+    pads: list[tuple[int, int]],
+    *,
+    variant: str | None = None,
+) -> Float[Array, "b t-kt+1 h2 w2 o"]:
+    """A 3D convolution, valid in time, with zero `pads` of height and width."""
+
+    def direct(x, kernel):
+        dims = ("NDHWC", "DHWIO", "NDHWC")
+        padding = [(0, 0), *pads]
+        return lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=dims)
+
+    def taps(x, kernel):
+        # XLA's CPU backend has a fast 2D convolution only.
+        frames = x.shape[1] - kernel.shape[0] + 1
+        x, kernel = _upcast(x), _upcast(kernel)
+        return sum(
+            _conv2d(x[:, i : i + frames], tap, (1, 1), pads) for i, tap in enumerate(kernel)
+        ).astype(bias.dtype)
+
+    return _per_platform(taps, direct, x, kernel, variant=variant) + bias[None, None, None, None]
+
+
+def frame_conv(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "kh kw i o"],
+    bias: Float[Array, " o"],
+    *,
+    stride: int,
+    pads: list[tuple[int, int]],
+) -> Float[Array, "b t h2 w2 o"]:
+    """A 2D convolution of every frame."""
+
+    def cpu(x, kernel):
+        return _conv2d(_upcast(x), _upcast(kernel), (stride, stride), pads).astype(bias.dtype)
+
+    def default(x, kernel):
+        return _conv2d(x, kernel, (stride, stride), pads)
+
+    y = _per_platform(cpu, default, x, kernel, variant=None)
+    return y + bias[None, None, None, None]
+
+
+def doubling_conv(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "3 3 i o"],
+    bias: Float[Array, " o"],
+    *,
+    variant: str | None = None,
+) -> Float[Array, "b t 2*h 2*w o"]:
+    """Nearest doubling of height and width, then a 3x3 convolution of every frame.
+
+    On CPU as four 2x2 convolutions on the small grid, one for each phase of the large one:
+    4/9 of the multiplications, and the enlarged frames are never there.
+    """
+
+    def doubled(x, kernel):
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+        return _conv2d(x, kernel, (1, 1), [(1, 1), (1, 1)])
+
+    def phases(x, kernel):
+        return _phase_conv(_upcast(x), _upcast(kernel)).astype(bias.dtype)
+
+    y = _per_platform(phases, doubled, x, kernel, variant=variant)
+    return y + bias[None, None, None, None]
+
+
+def _phase_conv(x: Array, kernel: Array) -> Array:
+    # A large pixel sees two small ones per axis: the even phase the pair that ends at its own
+    # pixel with taps (k0, k1 + k2), the odd phase the pair that begins there, (k0 + k1, k2).
+    def pair(k: Array, axis: int) -> list[Array]:
+        k0, k1, k2 = jnp.split(k, 3, axis)
+        return [jnp.concatenate(p, axis) for p in ((k0, k1 + k2), (k0 + k1, k2))]
+
+    b, t, h, w, _ = x.shape
+    kernels = [phase for rows in pair(kernel, 0) for phase in pair(rows, 1)]
+    y = _conv2d(x, jnp.concatenate(kernels, axis=-1), (1, 1), [(1, 1), (1, 1)])
+    quads = jnp.split(y, 4, axis=-1)
+    shifted = [quads[2 * i + j][:, :, i : i + h, j : j + w] for i in (0, 1) for j in (0, 1)]
+    y = jnp.stack(shifted, axis=3).reshape(b, t, h, 2, 2, w, -1)
+    return y.swapaxes(4, 5).reshape(b, t, 2 * h, 2 * w, -1)
+
+
+def pointwise_conv(
+    x: Float[Array, "b t h w i"], kernel: Float[Array, "1 1 1 i o"], bias: Float[Array, " o"]
+) -> Float[Array, "b t h w o"]:
+    """A 1x1x1 convolution, accumulated in at least float32."""
+    y = jnp.matmul(x, kernel[0, 0, 0], preferred_element_type=_accumulator(x.dtype))
+    return (y + bias.astype(y.dtype)[None, None, None, None]).astype(x.dtype)
+
+
+def _conv2d(x: Array, kernel: Array, stride: tuple[int, int], pads: list) -> Array:
+    b, t, *_ = x.shape
+    frames = x.reshape(b * t, *x.shape[2:])
+    y = lax.conv_general_dilated(
+        frames, kernel, stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y.reshape(b, t, *y.shape[1:])
+
+
+def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _upcast(x: Array) -> Array:
+    return x.astype(_accumulator(x.dtype))
+
+
+__all__ = ["VARIANTS", "causal_conv", "doubling_conv", "frame_conv", "pointwise_conv", "valid_conv"]

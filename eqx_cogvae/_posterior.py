@@ -1,0 +1,64 @@
+"""The diagonal Gaussian that an encoder returns."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._types import Key
+
+_LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class DiagonalGaussian(eqx.Module):
+    """A normal distribution over latents, independent in every element.
+
+    Latents are in the VAE's own units: see `VAE.scale_latents`.
+    """
+
+    mean: Float[Array, "b t h w c"]
+    logvar: Float[Array, "b t h w c"]
+
+    @classmethod
+    def from_moments(cls, moments: Float[Array, "b t h w 2*c"]) -> "DiagonalGaussian":
+        """From the encoder's channels: the means, then the log variances, clamped to [-30, 20]."""
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, *_LOGVAR_RANGE))
+
+    @property
+    def std(self) -> Float[Array, "b t h w c"]:
+        return jnp.exp(0.5 * self.logvar)
+
+    def mode(self) -> Float[Array, "b t h w c"]:
+        """The most likely latents."""
+        return self.mean
+
+    def sample(self, key: Key) -> Float[Array, "b t h w c"]:
+        """Latents drawn at random; differentiable in `mean` and `logvar`."""
+        return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def kl(self, other: "DiagonalGaussian | None" = None) -> Float[Array, " b"]:
+        """KL divergence to `other`, or to the unit Gaussian, in nats, summed over all but batch."""
+        mean, logvar = _at_least_float32(self.mean, self.logvar)
+        if other is None:
+            terms = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
+        else:
+            to_mean, to_logvar = _at_least_float32(other.mean, other.logvar)
+            away = jnp.square(mean - to_mean) * jnp.exp(-to_logvar)
+            terms = away + jnp.exp(logvar - to_logvar) - 1.0 - logvar + to_logvar
+        return 0.5 * jnp.sum(terms, axis=(1, 2, 3, 4))
+
+    def nll(self, x: Float[Array, "b t h w c"]) -> Float[Array, " b"]:
+        """Negative log likelihood of `x` in nats, summed over all but the batch."""
+        mean, logvar, x = _at_least_float32(self.mean, self.logvar, x)
+        terms = math.log(2 * math.pi) + logvar + jnp.square(x - mean) * jnp.exp(-logvar)
+        return 0.5 * jnp.sum(terms, axis=(1, 2, 3, 4))
+
+
+def _at_least_float32(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays)
+
+
+__all__ = ["DiagonalGaussian"]
