@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """A name beside `path`, of the same suffix, to write to.
+
+    It takes the place of `path` when the block ends, and is deleted when the block fails.
+
+    **Raises:** `FileNotFoundError` where the directory does not exist, `IsADirectoryError` where
+    `path` is one.
+    """
+    path = Path(path)
+    check_writable(path)
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises what `atomic` would: worth asking before a long computation."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a directory, name a file in it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {path}: there is no directory {path.parent}, create it first."
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: {path.parent} is not writable.")
+
+
+__all__ = ["atomic", "check_writable"]

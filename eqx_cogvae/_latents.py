@@ -1,0 +1,216 @@
+"""The latents file: one safetensors tensor, and in its metadata all that decoding needs."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Array, Float, Shaped
+
+from ._files import atomic
+
+FORMAT = "eqx_cogvae.latents.1"
+_NAME = "latents"
+_LAYOUTS = ("BTHWC", "BCTHW")
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_PICKLES = (b"PK\x03\x04", b"\x80")
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Latents with what their file says of them; None where it says nothing.
+
+    `array` is BTHWC, whatever the file's layout. `scaled` tells that it is in the diffusion
+    model's units, by `scaling_factor`, rather than in the VAE's. `height`, `width` and `frames`
+    are the video's, in pixels and before padding; `padded` is the frame count that was encoded.
+    """
+
+    array: Float[np.ndarray, "b t h w c"]
+    scaled: bool = False
+    scaling_factor: float | None = None
+    invert_scale_latents: bool | None = None
+    fps: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    padded: int | None = None
+    fingerprint: str | None = None
+
+
+def save_latents(path: str | os.PathLike, latents: Latents, *, layout: str = "BTHWC") -> None:
+    """Writes latents as safetensors, atomically; `layout="BCTHW"` is diffusers' order of axes.
+
+    **Raises:** `ValueError` for NaN or infinite values, a wrong rank or dtype or layout.
+    """
+    _check_layout(layout)
+    array = np.asarray(latents.array)
+    check_latents(array)
+    if layout == "BCTHW":
+        array = np.moveaxis(array, -1, 1)
+    fields = {k: v for k, v in vars(latents).items() if k != "array" and v is not None}
+    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
+    metadata |= {"format": FORMAT, "layout": layout, "dtype": array.dtype.name}
+    with atomic(path) as partial:
+        partial.write_bytes(safetensors.numpy.save({_NAME: np.ascontiguousarray(array)}, metadata))
+
+
+def load_latents(
+    path: str | os.PathLike, *, channels: int | None = None, layout: str | None = None
+) -> Latents:
+    """Reads a latents file, or any safetensors file with one five-dimensional tensor.
+
+    The layout is the file's own, else `layout`, else that which alone puts `channels` in its
+    place. The result is BTHWC in either case.
+
+    **Raises:** `ValueError` for a file that is no safetensors or is truncated, for latents that
+    are not finite, of a wrong rank, dtype or channel count, or of unknown layout;
+    `FileNotFoundError`; `IsADirectoryError`.
+    """
+    if layout is not None:
+        _check_layout(layout)
+    array, metadata = _read(Path(path))
+    if array.ndim != 5:
+        raise ValueError(f"latents in {path} must have five axes, got shape {array.shape}.")
+    own = metadata.get("layout")
+    if own is not None:
+        _check_layout(own)
+    if own and layout and own != layout:
+        raise ValueError(f"{path} says that its layout is {own}, asked to read it as {layout}.")
+    layout = own or layout or _layout_of(path, array.shape, channels)
+    if layout == "BCTHW":
+        array = np.moveaxis(array, 1, -1)
+    if channels is not None and array.shape[-1] != channels:
+        raise ValueError(
+            f"latents in {path} have {array.shape[-1]} channels, the model has {channels}: "
+            "decode them with the model that encoded them."
+        )
+    check_latents(array, f"latents in {path}")
+    return Latents(array, **_fields(path, metadata))
+
+
+def check_latents(
+    latents: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], what: str = "latents"
+) -> None:
+    """Raises `ValueError` unless latents are floating, of five axes, and finite."""
+    if latents.ndim != 5 or not jnp.issubdtype(latents.dtype, jnp.floating):
+        raise ValueError(
+            f"{what} must be floating, of shape (b, t, h, w, c), "
+            f"got {latents.dtype} of shape {latents.shape}."
+        )
+    wrong = ~np.isfinite(np.asarray(latents))
+    if wrong.any():
+        first = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{what} hold {int(wrong.sum())} NaN or infinite values of {wrong.size}, the first at "
+            f"(b, t, h, w, c) = {first}: it is the latents that are broken, not the VAE; "
+            "look to what made them, often float16 or a diffusion step that overflowed."
+        )
+
+
+def fingerprint(vae: eqx.Module) -> str:
+    """Twelve hexadecimal digits that tell models apart, by configuration and weights.
+
+    Weights count as rounded to bfloat16, so that a model and its bfloat16 copy agree.
+    """
+    digest = hashlib.sha256()
+    config = getattr(vae, "config", None)
+    if config is not None:
+        digest.update(json.dumps(config.to_dict(), sort_keys=True).encode())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(vae, eqx.is_array))
+    for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        digest.update(f"{name}{leaf.shape}".encode())
+        digest.update(np.asarray(leaf).astype(jnp.bfloat16).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _read(path: Path) -> tuple[np.ndarray, Mapping[str, str]]:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, name a latents file in it.")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no latents file at {path}.")
+    content = path.read_bytes()
+    try:
+        tensors = dict(safetensors.deserialize(content))
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        if content.startswith(_PICKLES):
+            raise ValueError(
+                f"{path} is a pickle or an archive, which may run code when opened; latents come "
+                "as safetensors: `safetensors.torch.save_file({'latents': z}, path)`."
+            ) from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}): copy or encode it again."
+        ) from error
+    if _NAME not in tensors and len(tensors) != 1:
+        raise ValueError(
+            f"{path} must hold a tensor named {_NAME!r}, or one alone; "
+            f"it holds {len(tensors)}: {', '.join(sorted(tensors)[:4])}."
+        )
+    entry: Any = tensors.get(_NAME) or next(iter(tensors.values()))
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"latents in {path} must be floating, got {entry['dtype']}.")
+    array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
+    return array.reshape(entry["shape"]), metadata
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in _LAYOUTS:
+        raise ValueError(f"a layout is one of {', '.join(_LAYOUTS)}, got {layout!r}.")
+
+
+def _layout_of(path: Any, shape: tuple[int, ...], channels: int | None) -> str:
+    fits = {"BTHWC": shape[-1] == channels, "BCTHW": shape[1] == channels}
+    found = [layout for layout, fit in fits.items() if fit]
+    if channels is not None and not found:
+        raise ValueError(
+            f"latents in {path} have no axis for {channels} channels, neither as BTHWC nor as "
+            f"BCTHW, got shape {shape}: decode them with the model that encoded them."
+        )
+    if len(found) != 1:
+        raise ValueError(
+            f"{path} does not say its layout, and shape {shape} leaves it open: "
+            "name one of BTHWC or BCTHW."
+        )
+    return found[0]
+
+
+def _fields(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
+    readers = {
+        "scaled": _boolean,
+        "scaling_factor": float,
+        "invert_scale_latents": _boolean,
+        "fps": float,
+        "height": int,
+        "width": int,
+        "frames": int,
+        "padded": int,
+        "fingerprint": str,
+    }
+    fields = {}
+    for name in readers.keys() & metadata.keys():
+        try:
+            fields[name] = readers[name](metadata[name])
+        except ValueError as error:
+            raise ValueError(
+                f"{path} has {name}={metadata[name]!r} in its metadata, which cannot be read."
+            ) from error
+    return fields
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+__all__ = ["FORMAT", "Latents", "check_latents", "fingerprint", "load_latents", "save_latents"]

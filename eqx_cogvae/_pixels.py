@@ -1,0 +1,46 @@
+"""What counts as a clip, and its frames as pixels."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped, UInt8
+
+# Above what any decoder gives, far below pixel values up to 255.
+_LARGEST_SAMPLE = 16.0
+
+
+def one_clip(video: Any) -> Shaped[np.ndarray, "t h w 3"]:
+    """The frames of (1, t, h, w, 3) or (t, h, w, 3); `ValueError` for another shape."""
+    shape = video.shape
+    if len(shape) == 5 and shape[0] == 1:
+        video = video[0]
+    elif len(shape) == 5:
+        raise ValueError(f"one clip at a time, got a batch of {shape[0]}: pass `video[i]`.")
+    if video.ndim != 4 or video.shape[-1] != 3:
+        hint = ""
+        if video.ndim == 4 and 3 in video.shape[:2]:
+            axis = video.shape.index(3) + len(shape) - 4
+            hint = f": the colours look to be on axis {axis}, use `moveaxis(video, {axis}, -1)`"
+        raise ValueError(f"video must be (1, t, h, w, 3) or (t, h, w, 3), got shape {shape}{hint}.")
+    return np.asarray(video)
+
+
+def to_pixels(frame: Shaped[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """To uint8, clipped to [-1, 1]; `ValueError` for another dtype, NaN, or pixel values."""
+    if frame.dtype == np.uint8:
+        return np.ascontiguousarray(frame)
+    if not jnp.issubdtype(frame.dtype, jnp.floating):
+        raise ValueError(f"video must be floating in [-1, 1] or uint8, got {frame.dtype}.")
+    frame = frame.astype(np.float32)
+    largest = np.max(np.abs(frame), initial=0)
+    if not np.isfinite(largest):
+        raise ValueError("video holds NaN or infinite values; it was not written.")
+    if largest > _LARGEST_SAMPLE:
+        raise ValueError(
+            f"video must lie in [-1, 1], got values up to {largest:g}: scale by `x / 127.5 - 1`."
+        )
+    return np.rint((np.clip(frame, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
+
+
+__all__ = ["one_clip", "to_pixels"]

@@ -1,0 +1,376 @@
+"""Video files, film strips and PSNR. Reading and writing need `eqx_cogvae[video]`."""
+
+import base64
+import dataclasses
+import io
+import itertools
+import math
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Array, Float, Shaped, UInt8
+
+from ._files import atomic
+from ._pixels import one_clip, to_pixels
+from ._procedural import procedural_clip
+from ._psnr import psnr
+
+Frames: TypeAlias = Shaped[np.ndarray, "..."] | Shaped[Array, "..."]
+"""A clip: (1, t, h, w, 3) or (t, h, w, 3), floating in [-1, 1] or uint8."""
+
+CONTAINERS = (".mp4", ".mov", ".mkv")
+_BT709 = 1
+# Up to SSE4.2: with AVX-512, x264 was measured to give different files for equal clips.
+_X264 = {"x264-params": "asm=MMX2,SSE2Fast,SSSE3,SSE4.2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Of a video file: frames a second, frame count, and the size it is shown at, in pixels."""
+
+    fps: float
+    frames: int
+    height: int
+    width: int
+
+
+def info(path: str | os.PathLike) -> Info:
+    """What a video file holds, with one frame decoded. `frames` is the container's own count.
+
+    **Raises:** as `read`.
+    """
+    with _opened(path) as (container, stream):
+        rate = float(_rate(stream))
+        count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    _, first = next(_decoded(path))
+    height, width = first.height, first.width
+    if _turns(first) % 2:
+        height, width = width, height
+    return Info(rate, count, height, width)
+
+
+def read(
+    path: str | os.PathLike,
+    *,
+    start: int = 0,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | int | None = None,
+) -> Float[np.ndarray, "1 t h w 3"]:
+    """Reads a clip as float32 in [-1, 1]: `pixel / 127.5 - 1`.
+
+    `fps` picks, for each instant of the new rate, the nearest frame. `start` and `frames` then
+    count frames of that rate. `size=(height, width)` crops each frame about its centre to that
+    aspect ratio and resizes it, bicubic and antialiased. Rotation metadata is applied.
+
+    **Raises:** `FileNotFoundError`; `IsADirectoryError`; `ValueError` for a file that is no video,
+    is truncated, has no frames, or has fewer than asked for; `ImportError` without PyAV.
+    """
+    return np.concatenate(list(_chunks(path, start, frames, size, fps, 8)), axis=1)
+
+
+def frames(
+    path: str | os.PathLike,
+    *,
+    start: int = 0,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | int | None = None,
+    batch: int = 8,
+) -> Iterator[Float[np.ndarray, "1 t h w 3"]]:
+    """`read`, `batch` frames at a time, in constant memory.
+
+    The first piece holds one frame more, the last what remains: from 8k + 1 frames come the
+    frame batches of `VAE.encode`. A faulty file raises when the fault is reached.
+
+    **Raises:** as `read`.
+    """
+    return _chunks(path, start, frames, size, fps, batch)
+
+
+def write(
+    path: str | os.PathLike,
+    video: Frames | Iterable[Frames],
+    *,
+    fps: float | int = 8,
+    crf: int = 12,
+) -> None:
+    """Writes a clip, or an iterator over pieces of one, as H.264, in BT.709 colours.
+
+    Takes (1, t, h, w, 3) or (t, h, w, 3), floating and clipped to [-1, 1], or uint8. The file is
+    `.mp4`, `.mov` or `.mkv`, and appears only when complete. Pixels are yuv420p; an odd height or
+    width needs yuv444p, which not every player shows. `crf` runs from 0 (best) to 51.
+
+    **Raises:** `ValueError` for a wrong rank, channel count, dtype or range, NaN, frames of several
+    sizes or none; `OSError` where the file cannot be written; `ImportError` without PyAV.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in CONTAINERS:
+        raise ValueError(f"a video's name must end in {', '.join(CONTAINERS)}, got {path.name!r}.")
+    _check_encoding(fps, crf)
+    with atomic(path) as partial:
+        _encode(str(partial), video, fps, crf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """An mp4 that a notebook shows, looping, with controls."""
+
+    mp4: bytes = dataclasses.field(repr=False)
+    width: int | None = None
+
+    def _repr_html_(self) -> str:
+        width = "" if self.width is None else f' width="{self.width}"'
+        data = base64.b64encode(self.mp4).decode()
+        return (
+            f"<video controls autoplay loop muted playsinline{width} "
+            f'src="data:video/mp4;base64,{data}"></video>'
+        )
+
+
+def show(
+    video: Frames | Iterable[Frames],
+    *,
+    fps: float | int = 8,
+    crf: int = 18,
+    width: int | None = None,
+) -> Player:
+    """The clip `write` would write, for a notebook to display; `width` in CSS pixels."""
+    _check_encoding(fps, crf)
+    target = io.BytesIO()
+    _encode(target, video, fps, crf)
+    return Player(target.getvalue(), width)
+
+
+def filmstrip(
+    *videos: Frames, n: int = 8, path: str | os.PathLike | None = None
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """`n` evenly spaced frames side by side, a row per video; also saved to `path`, a `.png`.
+
+    **Raises:** `ValueError` for videos of different shapes, and as `write`.
+    """
+    if not videos or n < 1:
+        raise ValueError(
+            f"a film strip needs a video and `n` of at least 1, got {len(videos)}, {n}."
+        )
+    clips = [one_clip(video) for video in videos]
+    if len({clip.shape for clip in clips}) > 1:
+        raise ValueError(f"videos must be of one shape, got {[clip.shape for clip in clips]}.")
+    chosen = np.linspace(0, len(clips[0]) - 1, min(n, len(clips[0]))).round().astype(int)
+    rows = [np.concatenate([to_pixels(clip[i]) for i in chosen], axis=1) for clip in clips]
+    strip = np.concatenate(rows, axis=0)
+    if path is not None:
+        if Path(path).suffix.lower() != ".png":
+            raise ValueError(f"a film strip's name must end in .png, got {Path(path).name!r}.")
+        with atomic(path) as partial:
+            _av().VideoFrame.from_ndarray(strip, format="rgb24").save(str(partial))
+    return strip
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('video files need PyAV: pip install "eqx_cogvae[video]".') from error
+    return av
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream; FFmpeg's errors become `ValueError`."""
+    av = _av()
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no video at {path}.")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a directory, name a video in it.")
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise ValueError(
+                    f"{path} has no video stream, or an empty one: choose another file."
+                )
+            yield container, container.streams.video[0]
+    except av.error.EOFError as error:
+        raise ValueError(f"{path} holds no frames, choose a video that has some.") from error
+    except av.error.FFmpegError as error:
+        raise ValueError(
+            f"{path} is not a video that FFmpeg can read, or is truncated "
+            f"({error.strerror}): check it in a player, or copy it again."
+        ) from error
+
+
+def _decoded(path: str | os.PathLike) -> Iterator[tuple[Fraction, Any]]:
+    """Frames with their times in seconds, rising; raises where the file ends too early."""
+    packets = count = 0
+    frame: Any
+    with _opened(path) as (container, stream):
+        rate = _rate(stream)
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            for frame in packet.decode():
+                timed = frame.pts is not None and frame.time_base
+                yield (frame.pts * frame.time_base if timed else count / rate), frame
+                count += 1
+        if packets < len(stream.index_entries):
+            raise ValueError(
+                f"{path} is truncated: {packets} of {len(stream.index_entries)} frames are there, "
+                "copy it again, or ask for a range of frames that it has."
+            )
+    if not count:
+        raise ValueError(f"{path} holds no frames, choose a video that has some.")
+
+
+def _rate(stream: Any) -> Fraction:
+    return Fraction(stream.average_rate or stream.guessed_rate or 1)
+
+
+def _resampled(path: str | os.PathLike, fps: float | int | None) -> Iterator[Any]:
+    """The frame nearest to each instant of the new rate, the earlier one of two as near."""
+    if fps is None:
+        yield from (frame for _, frame in _decoded(path))
+        return
+    step = 1 / Fraction(fps).limit_denominator(1_000_000)
+    frames = _decoded(path)
+    before, shown = next(frames)
+    begin = target = before
+    interval = None
+    for time, frame in frames:
+        while 2 * target <= before + time:
+            yield shown
+            target += step
+        before, shown, interval = time, frame, time - before
+    end = before + (interval or step)
+    while target < end or target == begin:
+        yield shown
+        target += step
+
+
+def _chunks(
+    path: str | os.PathLike,
+    start: int,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    fps: float | int | None,
+    batch: int,
+) -> Iterator[Float[np.ndarray, "1 t h w 3"]]:
+    for name, value, least in (("start", start, 0), ("frames", frames, 1), ("batch", batch, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"`size` must be (height, width) in pixels, got {size}.")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"`fps` must be a positive number, got {fps}.")
+    return _batched(_pictures(path, start, frames, size, fps), batch)
+
+
+def _pictures(
+    path: str | os.PathLike,
+    start: int,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    fps: float | int | None,
+) -> Iterator[Float[np.ndarray, "h w 3"]]:
+    count = 0
+    for frame in itertools.islice(_resampled(path, fps), start + frames if frames else None):
+        count += 1
+        if count > start:
+            pixels = np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame))
+            yield _fitted(pixels, size).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    if count <= start or (frames and count < start + frames):
+        asked = f"frames {start} to {start + frames - 1}" if frames else f"frame {start} and later"
+        raise ValueError(f"{path} holds {count} frames, asked for {asked}: ask for fewer.")
+
+
+def _turns(frame: Any) -> int:
+    """Quarter turns, counterclockwise, that set the frame upright."""
+    return round(frame.rotation / 90)
+
+
+def _fitted(
+    pixels: UInt8[np.ndarray, "h w 3"], size: tuple[int, int] | None
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Centre crop to the aspect ratio, then bicubic."""
+    height, width = pixels.shape[:2]
+    if size is None or size == (height, width):
+        return pixels
+    rows = min(height, max(1, round(width * size[0] / size[1])))
+    columns = min(width, max(1, round(height * size[1] / size[0])))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    crop = np.ascontiguousarray(pixels[top : top + rows, left : left + columns])
+    frame = _av().VideoFrame.from_ndarray(crop, format="rgb24")
+    frame = frame.reformat(width=size[1], height=size[0], interpolation="BICUBIC")
+    return frame.to_ndarray(format="rgb24")
+
+
+def _batched(pictures: Iterator[np.ndarray], batch: int) -> Iterator[np.ndarray]:
+    held = []
+    due = batch + 1
+    for picture in pictures:
+        held.append(picture)
+        if len(held) == due:
+            yield np.stack(held)[None]
+            held, due = [], batch
+    if held:
+        yield np.stack(held)[None]
+
+
+def _check_encoding(fps: float | int, crf: int) -> None:
+    if not 0 < fps < math.inf:
+        raise ValueError(f"`fps` must be a positive number, got {fps}.")
+    if not 0 <= crf <= 51:
+        raise ValueError(f"`crf` must lie in 0 to 51, got {crf}.")
+
+
+def _encode(target: Any, video: Frames | Iterable[Frames], fps: float | int, crf: int) -> None:
+    """To a path, or in memory; draws the first frame before it opens the target."""
+    av = _av()
+    pieces = [video] if hasattr(video, "shape") else video
+    frames = (to_pixels(frame) for piece in pieces for frame in one_clip(piece))
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("there are no frames to write, got an empty clip.")
+    kind = {"options": {"movflags": "faststart"}} if isinstance(target, str) else {"format": "mp4"}
+    with av.open(target, "w", **kind) as container:
+        stream = _h264(container, first.shape, fps, crf)
+        for frame in itertools.chain([first], frames):
+            if frame.shape != first.shape:
+                raise ValueError(
+                    f"frames must be of one size, got {first.shape} and {frame.shape}."
+                )
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture = picture.reformat(format=stream.pix_fmt, dst_colorspace="ITU709")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def _h264(container: Any, shape: tuple[int, ...], fps: float | int, crf: int) -> Any:
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
+    stream.height, stream.width = shape[:2]
+    stream.pix_fmt = "yuv444p" if shape[0] % 2 or shape[1] % 2 else "yuv420p"
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    stream.options = {"crf": str(crf), "preset": "medium"} | (_X264 if x86 else {})
+    codec = stream.codec_context
+    codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = _BT709
+    return stream
+
+
+__all__ = [
+    "CONTAINERS",
+    "Frames",
+    "Info",
+    "Player",
+    "filmstrip",
+    "frames",
+    "info",
+    "procedural_clip",
+    "psnr",
+    "read",
+    "show",
+    "write",
+]

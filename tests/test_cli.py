@@ -1,0 +1,232 @@
+"""`python -m eqx_cogvae`, run in this process on a model of random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import eqx_cogvae as cv
+from eqx_cogvae import __main__ as cli
+from eqx_cogvae import _latents, video
+
+CONFIG = cv.Config(
+    block_out_channels=(4, 4, 4, 8),
+    layers_per_block=1,
+    norm_num_groups=2,
+    latent_channels=4,
+    scaling_factor=0.7,
+    invert_scale_latents=True,
+)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return cv.VAE(CONFIG, key=jax.random.key(0))
+
+
+@pytest.fixture(autouse=True)
+def _loaded(vae, monkeypatch, tmp_path):
+    def load(name, *, dtype=None):
+        if name != "tiny":
+            raise FileNotFoundError(f"there is no model {name!r}.")
+        return vae if dtype in (None, jnp.float32) else jax.tree.map(lambda x: x.astype(dtype), vae)
+
+    monkeypatch.setattr(cv, "from_pretrained", load, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "clip.mp4"
+    video.write(path, video.procedural_clip(17, 16, 24), fps=12)
+    return path
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_encode_and_decode_give_what_the_model_gives(vae, source, tmp_path):
+    assert run("encode", source, tmp_path / "z.safetensors") == 0
+    saved = _latents.load_latents(tmp_path / "z.safetensors", channels=4)
+    clip = video.read(source)
+    latents = vae.encode(jnp.asarray(clip)).mode()
+    np.testing.assert_allclose(saved.array, latents, rtol=1e-5, atol=1e-5)
+    assert (saved.fps, saved.height, saved.width) == (12, 16, 24)
+    assert (saved.frames, saved.padded) == (17, 17)
+    assert (saved.scaling_factor, saved.invert_scale_latents, saved.scaled) == (0.7, True, False)
+    assert saved.fingerprint == _latents.fingerprint(vae)
+
+    assert run("decode", tmp_path / "z.safetensors", tmp_path / "a.npy") == 0
+    decoded = np.load(tmp_path / "a.npy")
+    np.testing.assert_allclose(decoded, vae.decode(latents), rtol=1e-5, atol=1e-5)
+    assert run("decode", tmp_path / "z.safetensors", tmp_path / "a.mp4") == 0
+    assert video.info(tmp_path / "a.mp4") == video.Info(12.0, 17, 16, 24)
+    assert video.psnr(video.read(tmp_path / "a.mp4"), decoded) > 25
+
+
+def test_reconstruct_without_data(tmp_path, capsys):
+    assert run("reconstruct", "--frames", 9, "--size", "16x24", "--seed", 1) == 0
+    said = capsys.readouterr()
+    assert video.info(tmp_path / "out/procedural.mp4") == video.Info(8.0, 9, 16, 24)
+    assert video.info(tmp_path / "out/procedural.png").height == 32
+    assert "9 frames of 16x24 from the procedural clip" in said.out
+    for word in ("PSNR", " s, of which the first batch", "peak memory", "out/procedural.mp4"):
+        assert word in said.out
+    assert said.err == ""
+
+
+def test_reconstruct_a_file(vae, source, tmp_path, capsys):
+    arguments = ("--start", 2, "--frames", 9, "--size", "16x16", "--fps", 6)
+    assert run("reconstruct", source, tmp_path / "a.npy", *arguments[2:]) == 0
+    clip = video.read(source, frames=9, size=(16, 16), fps=6)
+    due = vae(jnp.asarray(clip))
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), due, rtol=1e-5, atol=1e-5)
+    assert f"PSNR {video.psnr(clip, due):.2f} dB" in capsys.readouterr().out
+    assert run("reconstruct", source, tmp_path / "b.mp4", *arguments) == 2
+    assert "holds 9 frames, asked for frames 2 to 10" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*b.*"))
+
+
+@pytest.mark.parametrize(("frames", "padded"), [(1, 1), (2, 9), (12, 17), (16, 17)])
+def test_frame_counts_that_do_not_round_trip(frames, padded, vae, source, tmp_path, capsys):
+    z = tmp_path / "z.safetensors"
+    assert run("encode", source, z, "--frames", frames) == 0
+    warned = capsys.readouterr().err
+    assert (f"{frames} frames do not round-trip" in warned) == (frames != padded)
+    saved = _latents.load_latents(z)
+    assert (saved.frames, saved.padded) == (frames, padded)
+    clip, _ = cv.pad_frames(jnp.asarray(video.read(source, frames=frames)))
+    np.testing.assert_allclose(saved.array, vae.encode(clip).mode(), rtol=1e-5, atol=1e-5)
+    assert run("decode", z, tmp_path / "a.npy") == 0
+    assert np.load(tmp_path / "a.npy").shape == (1, frames, 16, 24, 3)
+
+
+def test_sampling_is_seeded(source, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run("encode", source, f"{name}.safetensors", "--frames", 1, "--sample", seed) == 0
+    a, b, c = (_latents.load_latents(tmp_path / f"{name}.safetensors").array for name in "abc")
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtypes(dtype, source, tmp_path, capsys):
+    assert run("encode", source, "z.safetensors", "--frames", 9, "--dtype", dtype) == 0
+    assert _latents.load_latents(tmp_path / "z.safetensors").array.dtype == dtype
+    assert run("decode", "z.safetensors", "a.mp4", "--dtype", dtype) == 0
+    assert video.info(tmp_path / "a.mp4").frames == 9
+    assert capsys.readouterr().err == ""
+
+
+def test_odd_sizes_are_fitted(tmp_path, capsys):
+    video.write(tmp_path / "odd.mp4", video.procedural_clip(1, 21, 30))
+    assert run("encode", "odd.mp4", "z.safetensors") == 0
+    assert "resized to 16x24, which are multiples of 8" in capsys.readouterr().err
+    assert _latents.load_latents(tmp_path / "z.safetensors").array.shape == (1, 1, 2, 3, 4)
+
+
+def test_latents_of_others(vae, tmp_path, capsys):
+    z = np.random.default_rng(0).standard_normal((1, 2, 2, 3, 4)).astype(np.float32)
+    due = vae.decode(jnp.asarray(z))
+    safetensors.numpy.save_file(
+        {"z": np.ascontiguousarray(z.transpose(0, 4, 1, 2, 3))}, "z.safetensors"
+    )
+    assert run("decode", "z.safetensors", "a.npy") == 0
+    np.testing.assert_allclose(np.load("a.npy"), due, rtol=1e-5, atol=1e-5)
+    scaled = _latents.Latents(np.asarray(vae.scale_latents(z)), scaled=True, fingerprint="0" * 12)
+    _latents.save_latents("s.safetensors", scaled)
+    capsys.readouterr()
+    assert run("decode", "s.safetensors", "b.npy") == 0
+    np.testing.assert_allclose(np.load("b.npy"), due, rtol=1e-5, atol=1e-5)
+    assert "encoded by model 000000000000" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert run("info") == 0
+    said = capsys.readouterr().out
+    leaves = jax.tree.leaves(cv.from_pretrained("tiny"))
+    for name, value in (
+        ("latent_channels", 4),
+        ("parameters", f"{sum(leaf.size for leaf in leaves):,}"),
+        ("tensors", len(leaves)),
+        ("dtype", "float32"),
+    ):
+        assert f"{name:28} {value}\n" in said
+
+
+def test_info_plans(monkeypatch, capsys):
+    plan = lambda vae, shape: f"plan of {shape}"  # noqa: E731
+    monkeypatch.setattr(cv, "plan", plan, raising=False)
+    assert run("info", "--size", 49, "480x720") == 0
+    assert "plan of (1, 49, 480, 720)" in capsys.readouterr().out
+
+
+def bad(name, content):
+    with open(name, "wb") as file:
+        file.write(content)
+
+
+def latents(**fields):
+    array = np.zeros((1, 1, 2, 3, 4), np.float32)
+    return {"latents": array} | fields
+
+
+@pytest.mark.parametrize(
+    ("command", "match"),
+    [
+        ("encode none.mp4 OUT.safetensors", "there is no video at none.mp4"),
+        ("encode . OUT.safetensors", "is a directory"),
+        ("encode garbage OUT.safetensors", "not a video that FFmpeg can read"),
+        ("encode cut.mp4 OUT.safetensors", "truncated"),
+        ("encode SOURCE OUT.mp4", "must end in .safetensors"),
+        ("encode SOURCE none/OUT.safetensors", "there is no directory none"),
+        ("encode SOURCE OUT.safetensors --model none", "there is no model 'none'"),
+        ("encode SOURCE OUT.safetensors --dtype int8", "invalid choice: 'int8'"),
+        ("encode SOURCE OUT.safetensors --frames 0", "at least 1, got '0'"),
+        ("encode SOURCE OUT.safetensors --frames 99", "holds 17 frames, asked for frames 0 to 98"),
+        ("encode SOURCE OUT.safetensors --size 20x24", "multiples of 8, such as 16x24"),
+        ("encode SOURCE OUT.safetensors --size 20", "HEIGHTxWIDTH, such as 96x144, got '20'"),
+        ("reconstruct SOURCE OUT.mp4 --seed 1", "--seed is of the procedural clip"),
+        ("encode SOURCE", "the following arguments are required: OUT"),
+        ("reconstruct SOURCE OUT.gif", "must end in .mp4 or .mov or .mkv or .npy"),
+        ("reconstruct --start 3", "--start is of a video"),
+        ("decode none OUT.mp4", "there is no latents file at none"),
+        ("decode garbage OUT.mp4", "not a complete safetensors file"),
+        ("decode pickle OUT.mp4", "is a pickle or an archive"),
+        ("decode nan OUT.mp4", "it is the latents that are broken, not the VAE"),
+        ("decode wide OUT.mp4", "no axis for 4 channels"),
+        ("decode two OUT.mp4", "holds 2 clips, expected one"),
+        ("info none", "there is no model 'none'"),
+        ("info tiny --size 9 big", "HEIGHTxWIDTH"),
+        ("fly", "invalid choice: 'fly'"),
+    ],
+)
+def test_mistakes_are_one_line(command, match, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cv, "plan", lambda *_: "", raising=False)
+    bad("garbage", b"garbage" * 99)
+    bad("pickle", b"\x80\x04")
+    bad("cut.mp4", source.read_bytes()[:2000])
+    safetensors.numpy.save_file({"latents": np.full((1, 1, 2, 3, 4), np.nan)}, "nan")
+    safetensors.numpy.save_file({"latents": np.zeros((1, 1, 2, 3, 9))}, "wide")
+    safetensors.numpy.save_file({"latents": np.zeros((2, 1, 2, 3, 4))}, "two")
+    try:
+        code = run(*command.replace("SOURCE", str(source)).split())
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    assert code == 2 and said.out == ""
+    assert match in said.err and said.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*OUT*")) and not list(tmp_path.rglob("*.partial*"))
+
+
+def test_an_interruption_leaves_nothing(monkeypatch, source, tmp_path, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    assert run("encode", source, "z.safetensors", "--frames", 9) == 0
+    monkeypatch.setattr(cv.VAE, "decode_step", stop)
+    assert run("decode", "z.safetensors", "a.mp4") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["z.safetensors"]

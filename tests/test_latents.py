@@ -1,0 +1,184 @@
+"""The latents file."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+import eqx_cogvae as cv
+from eqx_cogvae._latents import Latents, check_latents, fingerprint, load_latents, save_latents
+
+CONFIG = cv.Config(
+    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4
+)
+
+
+def noise(shape=(1, 3, 5, 6, 4), dtype=np.float32):
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def full(array):
+    return Latents(array, False, 0.7, True, 8.0, 40, 48, 8, 9, "0123456789ab")
+
+
+@pytest.mark.parametrize("layout", ["BTHWC", "BCTHW"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, jnp.bfloat16])
+def test_round_trip(layout, dtype, tmp_path):
+    latents = full(noise(dtype=dtype))
+    save_latents(tmp_path / "z.safetensors", latents, layout=layout)
+    read = load_latents(tmp_path / "z.safetensors", channels=4)
+    assert read.array.dtype == dtype
+    np.testing.assert_array_equal(read.array, latents.array)
+    assert dataclasses.replace(read, array=latents.array) == latents
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_metadata_is_what_others_can_read(tmp_path):
+    save_latents(tmp_path / "z.safetensors", full(noise()))
+    with safetensors.safe_open(tmp_path / "z.safetensors", framework="numpy") as file:
+        assert file.metadata() == {
+            "format": "eqx_cogvae.latents.1",
+            "layout": "BTHWC",
+            "dtype": "float32",
+            "scaled": "false",
+            "scaling_factor": "0.7",
+            "invert_scale_latents": "true",
+            "fps": "8.0",
+            "height": "40",
+            "width": "48",
+            "frames": "8",
+            "padded": "9",
+            "fingerprint": "0123456789ab",
+        }
+        assert list(file.keys()) == ["latents"]
+
+
+def foreign(path, array, name="latents", metadata=None):
+    safetensors.numpy.save_file({name: np.ascontiguousarray(array)}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("axes", "options", "metadata"),
+    [
+        ((0, 4, 1, 2, 3), {"channels": 4}, None),
+        ((0, 1, 2, 3, 4), {"channels": 4}, None),
+        ((0, 4, 1, 2, 3), {"layout": "BCTHW"}, None),
+        ((0, 4, 1, 2, 3), {}, {"layout": "BCTHW"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["latents", "z"])
+def test_foreign_layouts(axes, options, metadata, name, tmp_path):
+    foreign(tmp_path / "z.safetensors", noise().transpose(axes), name, metadata)
+    read = load_latents(tmp_path / "z.safetensors", **options)
+    np.testing.assert_array_equal(read.array, noise())
+    assert read.fps is None and not read.scaled
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "metadata", "match"),
+    [
+        ((1, 4, 5, 6, 4), {"channels": 4}, None, "leaves it open: name one of BTHWC or BCTHW"),
+        ((1, 3, 5, 6, 4), {}, None, "does not say its layout"),
+        ((1, 3, 5, 6, 8), {"channels": 4}, None, "no axis for 4 channels"),
+        ((1, 3, 5, 6, 8), {"channels": 4}, {"layout": "BTHWC"}, "have 8 channels, the model has 4"),
+        (
+            (1, 3, 5, 6, 4),
+            {"layout": "BCTHW"},
+            {"layout": "BTHWC"},
+            "its layout is BTHWC, asked to",
+        ),
+        ((1, 3, 5, 6, 4), {}, {"layout": "TBHWC"}, "got 'TBHWC'"),
+        ((1, 3, 5, 6, 4), {}, {"layout": "BTHWC", "fps": "x"}, "has fps='x' in its metadata"),
+        ((1, 3, 5, 6, 4), {}, {"layout": "BTHWC", "scaled": "maybe"}, "has scaled='maybe'"),
+        ((3, 5, 6, 4), {"channels": 4}, None, r"five axes, got shape \(3, 5, 6, 4\)"),
+    ],
+)
+def test_what_does_not_fit(shape, options, metadata, match, tmp_path):
+    foreign(tmp_path / "z.safetensors", noise(shape), metadata=metadata)
+    with pytest.raises(ValueError, match=match) as caught:
+        load_latents(tmp_path / "z.safetensors", **options)
+    assert "\n" not in str(caught.value)
+
+
+def whole():
+    return safetensors.numpy.save({"latents": noise()})
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (whole()[:100], "not a complete safetensors file"),
+        (whole()[:-7], "not a complete safetensors file"),
+        (b"", "not a complete safetensors file"),
+        (b"PK\x03\x04 zip", "is a pickle or an archive"),
+        (b"\x80\x04 pickle", "is a pickle or an archive"),
+        (safetensors.numpy.save({"a": noise(), "b": noise()}), "it holds 2: a, b"),
+        (safetensors.numpy.save({}), "it holds 0"),
+        (safetensors.numpy.save({"latents": np.zeros((1, 3, 5, 6, 4), int)}), "floating, got I64"),
+    ],
+)
+def test_bad_files(content, match, tmp_path):
+    path = tmp_path / "z.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=match) as caught:
+        load_latents(path, channels=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no latents file at"):
+        load_latents(tmp_path / "z.safetensors")
+    with pytest.raises(IsADirectoryError, match="is a directory"):
+        load_latents(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_broken_latents_are_the_culprit(value, tmp_path):
+    broken = noise()
+    broken[0, 1, 2, 3, 1:3] = value
+    match = (
+        r"hold 2 NaN or infinite values of 360, the first at \(b, t, h, w, c\) = "
+        r"\(0, 1, 2, 3, 1\): it is the latents that are broken, not the VAE"
+    )
+    with pytest.raises(ValueError, match=match):
+        check_latents(broken)
+    with pytest.raises(ValueError, match=match):
+        save_latents(tmp_path / "z.safetensors", Latents(broken))
+    assert not list(tmp_path.iterdir())
+    foreign(tmp_path / "z.safetensors", broken)
+    with pytest.raises(ValueError, match=r"latents in .*z\.safetensors " + match):
+        load_latents(tmp_path / "z.safetensors", channels=4)
+
+
+def test_large_float64_latents_are_finite():
+    check_latents(np.full((1, 1, 1, 1, 4), 1e200))
+
+
+def test_save_refuses(tmp_path):
+    with pytest.raises(ValueError, match="floating, of shape .* got int64"):
+        check_latents(np.zeros((1, 1, 2, 2, 4), int))
+    with pytest.raises(ValueError, match=r"got float64 of shape \(2, 2, 4\)"):
+        check_latents(np.zeros((2, 2, 4)))
+    with pytest.raises(ValueError, match="one of BTHWC, BCTHW, got 'BHWTC'"):
+        save_latents(tmp_path / "z.safetensors", full(noise()), layout="BHWTC")
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
+        save_latents(tmp_path / "no" / "z.safetensors", full(noise()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_fingerprint_tells_models_apart():
+    def model(seed=0, dtype=jnp.float32, **fields):
+        config = dataclasses.replace(CONFIG, **fields)
+        return cv.VAE(config, key=jax.random.key(seed), dtype=dtype)
+
+    vae = model()
+    assert len(fingerprint(vae)) == 12
+    assert fingerprint(vae) == fingerprint(model())
+    halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vae)
+    assert fingerprint(vae) == fingerprint(halved)
+    assert fingerprint(vae) != fingerprint(model(seed=1))
+    assert fingerprint(vae) != fingerprint(model(scaling_factor=0.7))
