@@ -23,7 +23,7 @@ from ._layers import (
 )
 from ._posterior import DiagonalGaussian
 from ._transforms import framewise
-from ._types import Key, Video
+from ._types import Key
 
 _MID_RESNETS = 2
 _OUT_EPS = 1e-6
@@ -44,8 +44,8 @@ class DownBlock(eqx.Module):
     downsamplers: tuple[Downsample, ...]
 
     def __call__(
-        self, x: Video, cache: BlockCache | None = None
-    ) -> tuple[Video, BlockCache]:
+        self, x: Float[Array, "b t h w i"], cache: BlockCache | None = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 o"], BlockCache]:
         x, cache = _chain(self.resnets, x, cache)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -58,8 +58,12 @@ class MidBlock(eqx.Module):
     resnets: tuple[ResnetBlock, ...]
 
     def __call__(
-        self, x: Video, cache: BlockCache | None = None, *, latents: Video | None = None
-    ) -> tuple[Video, BlockCache]:
+        self,
+        x: Float[Array, "b t h w c"],
+        cache: BlockCache | None = None,
+        *,
+        latents: Float[Array, "b t2 h2 w2 z"] | None = None,
+    ) -> tuple[Float[Array, "b t h w c"], BlockCache]:
         return _chain(self.resnets, x, cache, latents)
 
 
@@ -70,8 +74,12 @@ class UpBlock(eqx.Module):
     upsamplers: tuple[Upsample, ...]
 
     def __call__(
-        self, x: Video, cache: BlockCache | None = None, *, latents: Video
-    ) -> tuple[Video, BlockCache]:
+        self,
+        x: Float[Array, "b t h w i"],
+        cache: BlockCache | None = None,
+        *,
+        latents: Float[Array, "b t2 h2 w2 z"],
+    ) -> tuple[Float[Array, "b t3 h3 w3 o"], BlockCache]:
         x, cache = _chain(self.resnets, x, cache, latents)
         for upsample in self.upsamplers:
             x = upsample(x)
@@ -81,19 +89,19 @@ class UpBlock(eqx.Module):
 class EncoderCache(NamedTuple):
     """What the encoder's causal convolutions saw last."""
 
-    conv_in: Video | None
+    conv_in: Float[Array, "b k h w c"] | None
     down_blocks: tuple[BlockCache, ...]
     mid_block: BlockCache
-    conv_out: Video | None
+    conv_out: Float[Array, "b k h w c"] | None
 
 
 class DecoderCache(NamedTuple):
     """What the decoder's causal convolutions saw last."""
 
-    conv_in: Video | None
+    conv_in: Float[Array, "b k h w c"] | None
     mid_block: BlockCache
     up_blocks: tuple[BlockCache, ...]
-    conv_out: Video | None
+    conv_out: Float[Array, "b k h w c"] | None
 
 
 class Encoder(eqx.Module):
@@ -105,9 +113,7 @@ class Encoder(eqx.Module):
     norm_out: GroupNorm
     conv_out: CausalConv3d
 
-    def __init__(
-        self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"
-    ):
+    def __init__(self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"):
         keys = jax.random.split(key, len(config.block_out_channels) + 3)
         widths = config.block_out_channels
         options = {"pad_mode": pad_mode, "dtype": dtype}
@@ -147,9 +153,7 @@ class Decoder(eqx.Module):
     norm_out: SpatialNorm
     conv_out: CausalConv3d
 
-    def __init__(
-        self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"
-    ):
+    def __init__(self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"):
         keys = jax.random.split(key, len(config.block_out_channels) + 4)
         widths, latents = config.block_out_channels[::-1], config.latent_channels
         options = {"pad_mode": pad_mode, "dtype": dtype}
@@ -157,8 +161,7 @@ class Decoder(eqx.Module):
         mid = (widths[0],) * (_MID_RESNETS + 1)
         self.mid_block = MidBlock(_resnets(config, mid, latents, key=keys[1], **options))
         self.up_blocks = tuple(
-            _up_block(config, level, key=keys[4 + level], **options)
-            for level in range(len(widths))
+            _up_block(config, level, key=keys[4 + level], **options) for level in range(len(widths))
         )
         groups = config.norm_num_groups
         self.norm_out = SpatialNorm(widths[-1], latents, groups, key=keys[2], dtype=dtype)
@@ -205,9 +208,7 @@ class VAE(eqx.Module):
     quant_conv: Conv | None
     post_quant_conv: Conv | None
 
-    def __init__(
-        self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"
-    ):
+    def __init__(self, config: Config, *, key: Key, dtype=jnp.float32, pad_mode: str = "first"):
         ekey, dkey, qkey, pkey = jax.random.split(key, 4)
         z = config.latent_channels
         self.config = config
@@ -332,8 +333,8 @@ def crop_frames(video: Float[Array, "b t2 h w c"], t: int) -> Float[Array, "b t 
 
 
 def _chain(
-    resnets: tuple[ResnetBlock, ...], x: Video, cache: BlockCache | None, latents=None
-) -> tuple[Video, BlockCache]:
+    resnets: tuple[ResnetBlock, ...], x: Array, cache: BlockCache | None, latents=None
+) -> tuple[Array, BlockCache]:
     pasts = (None,) * len(resnets) if cache is None else cache.resnets
     caches = []
     for resnet, past in zip(resnets, pasts, strict=True):

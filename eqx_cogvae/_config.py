@@ -44,15 +44,15 @@ class Config:
     latent_channels: int = 16
     layers_per_block: int = 3
     act_fn: str = "silu"
-    norm_eps: float = 1e-6
+    norm_eps: int | float = 1e-6
     norm_num_groups: int = 32
-    temporal_compression_ratio: float = 4
+    temporal_compression_ratio: int | float = 4
     sample_height: int = 480
     sample_width: int = 720
-    scaling_factor: float = 1.15258426
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    scaling_factor: int | float = 1.15258426
+    shift_factor: int | float | None = None
+    latents_mean: tuple[int | float, ...] | None = None
+    latents_std: tuple[int | float, ...] | None = None
     force_upcast: bool | float = True
     use_quant_conv: bool = False
     use_post_quant_conv: bool = False
@@ -175,11 +175,17 @@ def _check_numbers(config: Config) -> None:
             f"and does not divide {uneven[0]}."
         )
     if config.act_fn not in ACTIVATIONS:
-        raise ValueError(f"`act_fn` must be one of {', '.join(ACTIVATIONS)}, got {config.act_fn!r}.")
+        raise ValueError(
+            f"`act_fn` must be one of {', '.join(ACTIVATIONS)}, got {config.act_fn!r}."
+        )
     positive = ("norm_eps", "temporal_compression_ratio", "scaling_factor")
     for name in positive:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
     if config.temporal_compression_ratio < 1:
         raise ValueError(

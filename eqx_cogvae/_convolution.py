@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ._types import at_least_float32
+
 VARIANTS = ("cpu", "default")
 
 
@@ -52,20 +54,20 @@ def valid_conv(
 ) -> Float[Array, "b t-kt+1 h2 w2 o"]:
     """A 3D convolution, valid in time, with zero `pads` of height and width."""
 
-    def direct(x, kernel):
+    def direct(x, kernel, bias):
         dims = ("NDHWC", "DHWIO", "NDHWC")
         padding = [(0, 0), *pads]
-        return lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=dims)
+        y = lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=dims)
+        return _biased(y, bias)
 
-    def taps(x, kernel):
+    def taps(x, kernel, bias):
         # XLA's CPU backend has a fast 2D convolution only.
         frames = x.shape[1] - kernel.shape[0] + 1
-        x, kernel = _upcast(x), _upcast(kernel)
-        return sum(
-            _conv2d(x[:, i : i + frames], tap, (1, 1), pads) for i, tap in enumerate(kernel)
-        ).astype(bias.dtype)
+        x, kernel = at_least_float32(x), at_least_float32(kernel)
+        y = sum(_conv2d(x[:, i : i + frames], tap, (1, 1), pads) for i, tap in enumerate(kernel))
+        return _biased(y, bias)
 
-    return _per_platform(taps, direct, x, kernel, variant=variant) + bias[None, None, None, None]
+    return _per_platform(taps, direct, x, kernel, bias, variant=variant)
 
 
 def frame_conv(
@@ -78,14 +80,15 @@ def frame_conv(
 ) -> Float[Array, "b t h2 w2 o"]:
     """A 2D convolution of every frame."""
 
-    def cpu(x, kernel):
-        return _conv2d(_upcast(x), _upcast(kernel), (stride, stride), pads).astype(bias.dtype)
+    def cpu(x, kernel, bias):
+        return _biased(
+            _conv2d(at_least_float32(x), at_least_float32(kernel), (stride, stride), pads), bias
+        )
 
-    def default(x, kernel):
-        return _conv2d(x, kernel, (stride, stride), pads)
+    def default(x, kernel, bias):
+        return _biased(_conv2d(x, kernel, (stride, stride), pads), bias)
 
-    y = _per_platform(cpu, default, x, kernel, variant=None)
-    return y + bias[None, None, None, None]
+    return _per_platform(cpu, default, x, kernel, bias, variant=None)
 
 
 def doubling_conv(
@@ -101,15 +104,14 @@ def doubling_conv(
     4/9 of the multiplications, and the enlarged frames are never there.
     """
 
-    def doubled(x, kernel):
+    def doubled(x, kernel, bias):
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return _conv2d(x, kernel, (1, 1), [(1, 1), (1, 1)])
+        return _biased(_conv2d(x, kernel, (1, 1), [(1, 1), (1, 1)]), bias)
 
-    def phases(x, kernel):
-        return _phase_conv(_upcast(x), _upcast(kernel)).astype(bias.dtype)
+    def phases(x, kernel, bias):
+        return _biased(_phase_conv(at_least_float32(x), at_least_float32(kernel)), bias)
 
-    y = _per_platform(phases, doubled, x, kernel, variant=variant)
-    return y + bias[None, None, None, None]
+    return _per_platform(phases, doubled, x, kernel, bias, variant=variant)
 
 
 def _phase_conv(x: Array, kernel: Array) -> Array:
@@ -132,8 +134,13 @@ def pointwise_conv(
     x: Float[Array, "b t h w i"], kernel: Float[Array, "1 1 1 i o"], bias: Float[Array, " o"]
 ) -> Float[Array, "b t h w o"]:
     """A 1x1x1 convolution, accumulated in at least float32."""
-    y = jnp.matmul(x, kernel[0, 0, 0], preferred_element_type=_accumulator(x.dtype))
-    return (y + bias.astype(y.dtype)[None, None, None, None]).astype(x.dtype)
+    accumulator = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    return _biased(jnp.matmul(x, kernel[0, 0, 0], preferred_element_type=accumulator), bias)
+
+
+def _biased(y: Array, bias: Array) -> Array:
+    """Adds the bias in the dtype `y` was summed in, then rounds, once, to the model's."""
+    return (y + bias.astype(y.dtype)[None, None, None, None]).astype(bias.dtype)
 
 
 def _conv2d(x: Array, kernel: Array, stride: tuple[int, int], pads: list) -> Array:
@@ -143,14 +150,6 @@ def _conv2d(x: Array, kernel: Array, stride: tuple[int, int], pads: list) -> Arr
         frames, kernel, stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return y.reshape(b, t, *y.shape[1:])
-
-
-def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _upcast(x: Array) -> Array:
-    return x.astype(_accumulator(x.dtype))
 
 
 __all__ = ["VARIANTS", "causal_conv", "doubling_conv", "frame_conv", "pointwise_conv", "valid_conv"]

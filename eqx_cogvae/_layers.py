@@ -10,7 +10,7 @@ from jax import named_scope
 from jaxtyping import Array, Float
 
 from ._convolution import causal_conv, doubling_conv, frame_conv, pointwise_conv, valid_conv
-from ._types import Key
+from ._types import Key, at_least_float32
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -96,13 +96,13 @@ class GroupNorm(eqx.Module):
 
     def at_least_float32(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         """The result before it is rounded to the dtype of `x`."""
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        grouped = x.astype(dtype).reshape(*x.shape[:4], self.groups, -1)
+        grouped = at_least_float32(x).reshape(*x.shape[:4], self.groups, -1)
         mean = jnp.mean(grouped, axis=(1, 2, 3, 5), keepdims=True)
         centred = grouped - mean
         variance = jnp.mean(jnp.square(centred), axis=(1, 2, 3, 5), keepdims=True)
         y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        return y * _channels(self.weight.astype(dtype)) + _channels(self.bias.astype(dtype))
+        weight, bias = self.weight.astype(y.dtype), self.bias.astype(y.dtype)
+        return y * _channels(weight) + _channels(bias)
 
 
 class SpatialNorm(eqx.Module):
@@ -209,9 +209,7 @@ class Downsample(eqx.Module):
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h//2 w//2 c"]:
         if self.compress_time:
             first, rest = _split_first(x)
-            pairs = rest.reshape(x.shape[0], -1, 2, *x.shape[2:]).astype(
-                jnp.promote_types(x.dtype, jnp.float32)
-            )
+            pairs = at_least_float32(rest).reshape(x.shape[0], -1, 2, *x.shape[2:])
             x = jnp.concatenate([first, jnp.mean(pairs, axis=2).astype(x.dtype)], axis=1)
         far = [(0, 1), (0, 1)]
         return frame_conv(x, self.conv.weight, self.conv.bias, stride=2, pads=far)

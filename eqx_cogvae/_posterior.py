@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._types import Key
+from ._types import Key, at_least_float32
 
 _LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -22,7 +22,7 @@ class DiagonalGaussian(eqx.Module):
     logvar: Float[Array, "b t h w c"]
 
     @classmethod
-    def from_moments(cls, moments: Float[Array, "b t h w 2*c"]) -> "DiagonalGaussian":
+    def from_moments(cls, moments: Float[Array, "b t h w m"]) -> "DiagonalGaussian":
         """From the encoder's channels: the means, then the log variances, clamped to [-30, 20]."""
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return cls(mean, jnp.clip(logvar, *_LOGVAR_RANGE))
@@ -41,24 +41,24 @@ class DiagonalGaussian(eqx.Module):
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Float[Array, " b"]:
         """KL divergence to `other`, or to the unit Gaussian, in nats, summed over all but batch."""
-        mean, logvar = _at_least_float32(self.mean, self.logvar)
+        mean, logvar = _upcast(self.mean, self.logvar)
         if other is None:
             terms = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
         else:
-            to_mean, to_logvar = _at_least_float32(other.mean, other.logvar)
+            to_mean, to_logvar = _upcast(other.mean, other.logvar)
             away = jnp.square(mean - to_mean) * jnp.exp(-to_logvar)
             terms = away + jnp.exp(logvar - to_logvar) - 1.0 - logvar + to_logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3, 4))
 
     def nll(self, x: Float[Array, "b t h w c"]) -> Float[Array, " b"]:
         """Negative log likelihood of `x` in nats, summed over all but the batch."""
-        mean, logvar, x = _at_least_float32(self.mean, self.logvar, x)
+        mean, logvar, x = _upcast(self.mean, self.logvar, x)
         terms = math.log(2 * math.pi) + logvar + jnp.square(x - mean) * jnp.exp(-logvar)
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3, 4))
 
 
-def _at_least_float32(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays)
+def _upcast(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(map(at_least_float32, arrays))
 
 
 __all__ = ["DiagonalGaussian"]

@@ -1,13 +1,19 @@
-"""Type aliases. `b t h w c` are batch, frames, height, width and channels."""
+"""Type aliases, and the dtype that sums are held in."""
 
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-Video: TypeAlias = Float[Array, "b t h w c"]
 Cache: TypeAlias = Any
 """The last frames each causal convolution saw: a PyTree of arrays, or None at a clip's start."""
 
 Key: TypeAlias = PRNGKeyArray
 
-__all__ = ["Cache", "Key", "Video"]
+
+def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` in the dtype for sums over many of its elements: float32, or float64 as it is."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+__all__ = ["Cache", "Key", "at_least_float32"]
