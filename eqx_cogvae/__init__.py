@@ -7,7 +7,15 @@ from ._autoencoder import (
     crop_frames as crop_frames,
     pad_frames as pad_frames,
 )
+from ._checkpoint import (
+    from_original as from_original,
+    from_pretrained as from_pretrained,
+    save_pretrained as save_pretrained,
+)
 from ._config import Config as Config
 from ._posterior import DiagonalGaussian as DiagonalGaussian
+from ._streams import as_uint8 as as_uint8, streamed as streamed
+from ._tiles import blend as blend, tiled as tiled
+from ._transforms import framewise as framewise, sliced as sliced
 
 __version__ = "0.1.0"

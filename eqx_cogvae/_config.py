@@ -118,7 +118,11 @@ class Config:
         if model not in ("AutoencoderKLCogVideoX", "EqxAutoencoderKLCogVideoX"):
             raise ValueError(f"expected the config of an AutoencoderKLCogVideoX, got a {model!r}.")
         known = [field.name for field in dataclasses.fields(cls)]
-        given = {k: v for k, v in fields.items() if not k.startswith("_")}
+        given = {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in fields.items()
+            if not k.startswith("_")
+        }
         for key in given.keys() - set(known):
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."

@@ -1,0 +1,295 @@
+"""The model against diffusers, over random configurations and shapes."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from reference import (
+    decode,
+    distance,
+    encode,
+    from_torch,
+    normal,
+    pair,
+    quietly,
+    reference,
+    to_torch,
+)
+
+import eqx_cogvae as cv
+
+# diffusers differs from itself by up to 3e-6 from one memory format to another.
+EQUAL = 1e-5
+
+
+@st.composite
+def configs(draw):
+    blocks = draw(st.integers(1, 4))
+    return cv.Config(
+        block_out_channels=tuple(draw(st.sampled_from([4, 8, 12])) for _ in range(blocks)),
+        layers_per_block=draw(st.integers(1, 2)),
+        norm_num_groups=draw(st.sampled_from([2, 4])),
+        latent_channels=3,  # with in_channels, what diffusers' quant_conv needs to run
+        act_fn=draw(st.sampled_from(["silu", "swish", "mish", "gelu", "relu"])),
+        temporal_compression_ratio=draw(st.sampled_from([1, 2, 4, 8])),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
+        use_quant_conv=draw(st.booleans()),
+        use_post_quant_conv=draw(st.booleans()),
+    )
+
+
+def sides(config):
+    return st.integers(2 * config.spatial_compression, 5 * config.spatial_compression + 1)
+
+
+def assert_agrees(config, path, frames, batch, height, width, seed):
+    vae, model = pair(config, path, seed=seed)
+    video = normal((batch, frames, height, width, 3), seed)
+    posterior = quietly(vae.encode, video)
+    mean, logvar = encode(model, video)
+    assert distance(posterior.mean, mean) < EQUAL
+    assert distance(posterior.logvar, logvar) < EQUAL
+    assert mean.shape[1] == config.latent_frames(frames)
+    decoded = decode(model, mean)
+    assert distance(vae.decode(jnp.asarray(mean)), decoded) < EQUAL
+    assert decoded.shape[1] == config.sample_frames(mean.shape[1])
+
+
+@given(data=st.data())
+@settings(max_examples=12)
+def test_any_configuration_agrees(data, tmp_path_factory):
+    config = data.draw(configs())
+    frames = data.draw(st.integers(1, 19))
+    batch = data.draw(st.integers(1, 2))
+    height, width = data.draw(sides(config)), data.draw(sides(config))
+    seed = data.draw(st.integers(0, 100))
+    assert_agrees(config, tmp_path_factory.mktemp("vae"), frames, batch, height, width, seed)
+
+
+@pytest.mark.full
+@given(data=st.data())
+@settings(max_examples=80)
+def test_any_configuration_agrees_at_length(data, tmp_path_factory):
+    config = data.draw(configs())
+    frames = data.draw(st.integers(1, 34))
+    height, width = data.draw(sides(config)), data.draw(sides(config))
+    seed = data.draw(st.integers(0, 1000))
+    assert_agrees(config, tmp_path_factory.mktemp("vae"), frames, 2, height, width, seed)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 8, 9, 12, 17])
+def test_frame_counts_agree(frames, small_pair):
+    vae, model = small_pair
+    video = normal((1, frames, 16, 24, 3), frames)
+    posterior = quietly(vae.encode, video)
+    mean, _ = encode(model, video)
+    assert distance(posterior.mean, mean) < EQUAL
+    assert distance(vae.decode(jnp.asarray(mean)), decode(model, mean)) < EQUAL
+
+
+@pytest.fixture(scope="module")
+def small_config():
+    return cv.Config(
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=3,
+        use_quant_conv=True,
+        use_post_quant_conv=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def small_pair(small_config, tmp_path_factory):
+    return pair(small_config, tmp_path_factory.mktemp("small"))
+
+
+def test_gradients_agree(small_pair):
+    vae, model = small_pair
+    video, weight = normal((1, 9, 16, 24, 3), 1), normal((1, 9, 16, 24, 3), 2)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradients(vae_and_video):
+        vae, video = vae_and_video
+        posterior = vae.encode(video)
+        return jnp.mean(weight * vae.decode(posterior.mean)) + jnp.mean(posterior.logvar**2)
+
+    ours, ours_video = gradients((vae, video))
+    theirs_video = to_torch(video).requires_grad_()
+    posterior = model.encode(theirs_video).latent_dist
+    loss = (to_torch(weight) * model.decode(posterior.mean).sample).mean()
+    loss = loss + (posterior.logvar**2).mean()
+    loss.backward()
+    assert distance(ours_video, from_torch(theirs_video.grad)) < 1e-4
+    theirs = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    leaves = jax.tree_util.tree_flatten_with_path(eqx.filter(ours, eqx.is_array))[0]
+    assert len(leaves) == len(theirs)
+    got, due = [], []
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        grad = theirs.pop(name).numpy()
+        axes = {5: (2, 3, 4, 1, 0), 4: (2, 3, 1, 0), 1: (0,)}[grad.ndim]
+        got.append(np.asarray(leaf).ravel())
+        due.append(grad.transpose(axes).ravel())
+    assert not theirs
+    assert distance(np.concatenate(got), np.concatenate(due)) < 1e-4
+    # A bias before a norm of its own group is all rounding; every other tensor on its own.
+    scale = max(np.abs(d).max() for d in due)
+    for g, d in zip(got, due, strict=True):
+        if np.abs(d).max() > 1e-4 * scale:
+            assert distance(g, d) < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_is_as_near_as_diffusers(seed, small_config, tmp_path):
+    """Both from weights that bfloat16 holds, against float32."""
+    model = reference(small_config, seed).to(torch.bfloat16).float()
+    truth, _ = pair(small_config, tmp_path, model=model)
+    ours = cv.from_pretrained(tmp_path, dtype=jnp.bfloat16)
+    theirs = model.to(torch.bfloat16)
+    video = normal((1, 17, 32, 40, 3), seed).astype(jnp.bfloat16).astype(jnp.float32)
+    mean = truth.encode(video).mean.astype(jnp.bfloat16).astype(jnp.float32)
+    with torch.no_grad():
+        their_mean = theirs.encode(to_torch(video).bfloat16()).latent_dist.mean
+        their_video = theirs.decode(to_torch(mean).bfloat16()).sample
+    due_mean, due_video = truth.encode(video).mean, truth.decode(mean)
+    our_mean = ours.encode(video.astype(jnp.bfloat16)).mean
+    our_video = ours.decode(mean.astype(jnp.bfloat16))
+    assert our_mean.dtype == our_video.dtype == jnp.bfloat16
+    assert distance(our_mean, due_mean) <= distance(from_torch(their_mean), due_mean)
+    assert distance(our_video, due_video) <= distance(from_torch(their_video), due_video)
+
+
+def test_replicate_padding_agrees(small_config, tmp_path):
+    """diffusers does not hand the mode to the encoder's down blocks: here it does."""
+    _, model = pair(small_config, tmp_path)
+    for module in model.modules():
+        if hasattr(module, "pad_mode"):
+            module.pad_mode = "replicate"
+    loaded = cv.from_pretrained(tmp_path)
+    blank = cv.VAE(small_config, key=jax.random.key(0), pad_mode="replicate")
+    vae = jax.tree.unflatten(jax.tree.structure(blank), jax.tree.leaves(loaded))
+    video = normal((1, 9, 16, 24, 3))
+    mean, _ = encode(model, video)
+    assert distance(vae.encode(video).mean, mean) < EQUAL
+    assert distance(vae.decode(jnp.asarray(mean)), decode(model, mean)) < EQUAL
+    _, cache = vae.encode_step(video)
+    assert not jax.tree.leaves(cache)
+
+
+def test_the_step_takes_and_gives_the_cache(small_pair):
+    vae, _ = small_pair
+    latents = normal((1, 4, 4, 6, 3))
+    first, cache = vae.decode_step(latents[:, :2])
+    second, last = vae.decode_step(latents[:, 2:], cache)
+    joined = jnp.concatenate([first, second], axis=1)
+    assert jax.tree.structure(cache) == jax.tree.structure(last)
+    np.testing.assert_array_equal(joined, vae.decode(latents))
+    # Nothing else remembers: the same call gives the same again.
+    np.testing.assert_array_equal(second, vae.decode_step(latents[:, 2:], cache)[0])
+
+
+def test_reconstruction(small_pair):
+    vae, _ = small_pair
+    video = normal((1, 9, 16, 16, 3))
+    posterior = vae.encode(video)
+    np.testing.assert_array_equal(vae(video), vae.decode(posterior.mode()))
+    key = jax.random.key(1)
+    np.testing.assert_array_equal(vae(video, key=key), vae.decode(posterior.sample(key)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((9, 16, 16, 3), jnp.float32, r"five axes.*got shape \(9, 16, 16, 3\).*batch axis"),
+        ((1, 3, 9, 16, 16), jnp.float32, "looks like BCTHW.*moveaxis"),
+        ((1, 9, 16, 16, 4), jnp.float32, "3 channels last"),
+        ((1, 9, 16, 16, 3), jnp.uint8, "floating dtype, got uint8.*127.5"),
+        ((1, 9, 2, 16, 3), jnp.float32, "4x4 in height and width"),
+        ((1, 0, 16, 16, 3), jnp.float32, "one frame"),
+    ],
+)
+def test_bad_video(shape, dtype, message, small_pair):
+    with pytest.raises(ValueError, match=message):
+        small_pair[0].encode(jnp.zeros(shape, dtype))
+
+
+def test_pixel_values_are_out_of_range(small_pair):
+    with pytest.raises(ValueError, match=r"must lie in \[-1, 1\], got values up to 255"):
+        small_pair[0].encode(jnp.full((1, 9, 16, 16, 3), 255.0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 3, 4, 4), "looks like BCTHW"),
+        ((1, 4, 4, 4, 16), "3 channels last"),
+        ((3, 4, 4, 3), "five axes"),
+    ],
+)
+def test_bad_latents(shape, message, small_pair):
+    with pytest.raises(ValueError, match=message):
+        small_pair[0].decode(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("frames", "outcome", "near"),
+    [
+        (13, "come back as 16", "9 and 17"),
+        (16, "lose the first frame's special place", "9 and 17"),
+        (53, "come back as 56", "49 and 57"),
+    ],
+)
+def test_frame_counts_that_do_not_round_trip_warn(frames, outcome, near, monkeypatch):
+    vae = cv.VAE(
+        cv.Config(block_out_channels=(4, 4, 4), layers_per_block=1, norm_num_groups=2),
+        key=jax.random.key(0),
+    )
+    video = jnp.zeros((1, frames, 4, 4, 3))
+    with pytest.warns(UserWarning, match=f"{frames} frames {outcome}.*{near}.*pad_frames"):
+        assert vae.encode(video).mean.shape[1] == vae.config.latent_frames(frames)
+
+
+@pytest.mark.parametrize(("frames", "padded"), [(1, 1), (2, 9), (9, 9), (13, 17), (48, 49)])
+def test_padding_is_undone(frames, padded):
+    video = normal((1, frames, 2, 2, 3))
+    longer, count = cv.pad_frames(video)
+    assert longer.shape[1] == padded
+    np.testing.assert_array_equal(longer[:, frames:], jnp.repeat(video[:, -1:], padded - frames, 1))
+    np.testing.assert_array_equal(cv.crop_frames(longer, count), video)
+
+
+def test_cropping_to_more_than_there_is():
+    with pytest.raises(ValueError, match="cannot crop 9 frames to 10"):
+        cv.crop_frames(jnp.zeros((1, 9, 2, 2, 3)), 10)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_scaling_of_latents(invert):
+    statistics = {"latents_mean": (0.5, -0.5), "latents_std": (2.0, 4.0)}
+    config = cv.Config(
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=2,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+        invert_scale_latents=invert,
+        **statistics,
+    )
+    vae = cv.VAE(config, key=jax.random.key(0))
+    z = normal((1, 3, 2, 2, 2))
+    centred = (np.asarray(z) - 0.25 - [0.5, -0.5]) / [2.0, 4.0]
+    np.testing.assert_allclose(vae.scale_latents(z), centred * 0.5, rtol=1e-5, atol=1e-6)
+    due = centred / 0.5 if invert else centred * 0.5
+    pictured = vae.scale_latents(z, image_condition=True)
+    np.testing.assert_allclose(pictured, due, rtol=1e-5, atol=1e-6)
+    for condition in (False, True):
+        there = vae.scale_latents(z, image_condition=condition)
+        back = vae.unscale_latents(there, image_condition=condition)
+        np.testing.assert_allclose(back, z, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,686 @@
+"""Checkpoints: diffusers' layout, the hub's, the original's, and files that are none of these."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import diffusers
+import equinox as eqx
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from reference import decode, distance, encode, normal, quietly, reference
+
+import eqx_cogvae as cv
+from eqx_cogvae import _checkpoint, _checkpoint_files
+from eqx_cogvae._checkpoint import from_original, from_pretrained, save_pretrained
+
+# diffusers differs from itself by up to 3e-6 from one memory format to another.
+EQUAL = 1e-5
+CONFIG = cv.Config(
+    block_out_channels=(8, 16, 16, 16), norm_num_groups=4, latent_channels=4, layers_per_block=1
+)
+QUANT = cv.Config(
+    block_out_channels=(8, 16),
+    norm_num_groups=4,
+    latent_channels=3,
+    layers_per_block=1,
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    latents_mean=(0.1, 0.2, 0.3),
+    shift_factor=0.5,
+)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+ONE = "encoder.conv_in.conv.weight"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return reference(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def written(model, tmp_path_factory):
+    """A checkpoint by diffusers; tests copy it before they spoil it."""
+    path = tmp_path_factory.mktemp("checkpoint") / "vae"
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return Path(shutil.copytree(written, tmp_path / "model"))
+
+
+def named(vae):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(vae)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def as_stored(array):
+    """Back to torch's layout, written apart from the library's own."""
+    return np.einsum({5: "dhwio->oidhw", 4: "hwio->oihw", 1: "c->c"}[array.ndim], array)
+
+
+def assert_holds(vae, tensors):
+    """The same names, shapes and bits as a torch state dict."""
+    ours = named(vae)
+    assert ours.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        array = np.asarray(ours[name])
+        assert array.dtype.name == str(tensor.dtype).removeprefix("torch.")
+        stored = as_stored(array.astype(np.float32))
+        np.testing.assert_array_equal(stored, tensor.float().numpy(), err_msg=name)
+
+
+def rewrite(folder, change):
+    """Changes the tensors of a checkpoint by `change`, in place."""
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+@pytest.mark.parametrize("config", [CONFIG, QUANT], ids=["plain", "quant_conv"])
+def test_loads_what_diffusers_saves(config, tmp_path):
+    model = reference(config)
+    model.save_pretrained(tmp_path)
+    vae = from_pretrained(tmp_path)
+    assert vae.config == config
+    assert_holds(vae, model.state_dict())
+    video = normal((1, 9, 32, 40, 3), seed=1)
+    posterior = quietly(vae.encode, video)
+    mean, logvar = encode(model, video)
+    assert distance(posterior.mean, mean) < EQUAL
+    assert distance(posterior.logvar, logvar) < EQUAL
+    assert distance(vae.decode(jnp.asarray(mean)), decode(model, mean)) < EQUAL
+
+
+@pytest.mark.parametrize(
+    "dtype, options",
+    [
+        (torch.float32, {"max_shard_size": "100KB"}),
+        (torch.bfloat16, {}),
+        (torch.float16, {}),
+        (torch.float16, {"variant": "fp16"}),
+        (torch.bfloat16, {"variant": "bf16", "max_shard_size": "50KB"}),
+    ],
+    ids=["sharded", "bfloat16", "float16", "variant", "sharded variant"],
+)
+@pytest.mark.parametrize("below", ["", "vae", "elsewhere"])
+def test_layouts_on_disk(dtype, options, below, tmp_path):
+    model = reference(CONFIG).to(dtype)
+    model.save_pretrained(tmp_path / below, **options)
+    files = list((tmp_path / below).iterdir())
+    assert (len(files) > 3) == ("max_shard_size" in options)
+    vae = from_pretrained(tmp_path, subfolder="elsewhere" if below == "elsewhere" else None)
+    assert_holds(vae, model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", ["float16", jnp.bfloat16, np.float32])
+def test_dtype_is_cast_to(dtype, folder, model):
+    vae = from_pretrained(str(folder), dtype=dtype)
+    assert vae.dtype == dtype
+    asked = getattr(torch, jnp.dtype(dtype).name)
+    assert_holds(vae, {name: tensor.to(asked) for name, tensor in model.state_dict().items()})
+
+
+def test_mixed_dtypes_become_float32(folder):
+    rewrite(folder, lambda tensors: tensors.update({ONE: tensors[ONE].bfloat16()}))
+    assert {leaf.dtype.name for leaf in named(from_pretrained(folder)).values()} == {"float32"}
+
+
+def test_mesh_replicates(folder):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    vae = from_pretrained(folder, mesh=mesh)
+    for leaf in named(vae).values():
+        assert leaf.sharding == jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    assert eqx.tree_equal(vae, from_pretrained(folder))
+
+
+def test_default_configuration_has_the_names_and_shapes_of_diffusers():
+    with torch.device("meta"):
+        model = diffusers.AutoencoderKLCogVideoX()
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours = named(eqx.filter_eval_shape(lambda: cv.VAE(cv.Config(), key=jax.random.key(0))))
+    permuted = {3: (4, 3, 0, 1, 2), 2: (3, 2, 0, 1), -1: (0,)}
+    assert len(ours) == 436
+    assert sum(leaf.size for leaf in ours.values()) == 215_583_907
+    assert theirs == {
+        name: tuple(leaf.shape[axis] for axis in permuted[leaf.ndim - 2])
+        for name, leaf in ours.items()
+    }
+
+
+_LOAD = """
+import sys
+from eqx_cogvae._checkpoint import from_pretrained
+import jax
+
+def kilobytes(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+from_pretrained(sys.argv[1])
+before = kilobytes("VmRSS")
+vae = from_pretrained(sys.argv[2], dtype=sys.argv[3])
+print(1024 * (kilobytes("VmHWM") - before), sum(leaf.nbytes for leaf in jax.tree.leaves(vae)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not tell")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_stays_within_the_weights_and_two_tensors(dtype, folder, tmp_path):
+    config = cv.Config(block_out_channels=(192,), layers_per_block=1)
+    save_pretrained(cv.VAE(config, key=jax.random.key(0)), tmp_path / "large")
+    root = Path(cv.__file__).parents[1]
+    arguments = [sys.executable, "-c", _LOAD, folder, tmp_path / "large", dtype]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    out = subprocess.check_output(arguments, cwd=root, env=environment, text=True)
+    peak, weights = map(int, out.split())
+    tensor = 192 * 192 * 27 * 4
+    assert weights > 6 * tensor
+    assert peak < weights + 2 * tensor
+
+
+@pytest.mark.parametrize("config", [CONFIG, QUANT], ids=["plain", "quant_conv"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_diffusers_loads_what_we_save(config, dtype, tmp_path):
+    model = reference(config).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs")
+    save_pretrained(from_pretrained(tmp_path / "theirs"), tmp_path / "new" / "ours")
+    assert {path.name for path in (tmp_path / "new" / "ours").iterdir()} == {"config.json", WEIGHTS}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ours"]
+    back = diffusers.AutoencoderKLCogVideoX.from_pretrained(
+        tmp_path / "new" / "ours", torch_dtype=getattr(torch, dtype)
+    )
+    theirs = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    assert {k: v for k, v in back.config.items() if not k.startswith("_")} == theirs
+    tensors = back.state_dict()
+    assert tensors.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+
+
+def test_saved_files_say_what_they_are(folder, tmp_path):
+    vae = from_pretrained(folder)
+    save_pretrained(vae, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["_class_name"] == "AutoencoderKLCogVideoX"
+    assert config["_diffusers_version"]
+    with safetensors.safe_open(tmp_path / "ours" / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert eqx.tree_equal(from_pretrained(tmp_path / "ours"), vae)
+
+
+def test_saving_over_a_sharded_checkpoint(tmp_path, model):
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    (tmp_path / "README.md").write_text("kept")
+    vae = from_pretrained(tmp_path)
+    vae = eqx.tree_at(lambda vae: vae.decoder.conv_out.conv.bias, vae, jnp.ones(3))
+    save_pretrained(vae, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", WEIGHTS}
+    assert eqx.tree_equal(from_pretrained(tmp_path), vae)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "existing"])
+def test_a_failed_save_leaves_nothing(there, folder, tmp_path, monkeypatch):
+    def fail(path, tensors, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left")
+
+    vae = from_pretrained(folder)
+    monkeypatch.setattr(_checkpoint, "write_safetensors", fail)
+    target = folder if there else tmp_path / "new" / "ours"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(OSError, match="no space left"):
+        save_pretrained(vae, target)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda vae: eqx.tree_at(lambda v: v.decoder.conv_in, vae, None), r"decoder\.conv_in\."),
+        (
+            lambda vae: eqx.tree_at(lambda v: v.encoder.norm_out.bias, vae, jnp.zeros(3)),
+            r"1 places, such as encoder\.norm_out\.bias",
+        ),
+    ],
+)
+def test_a_model_that_is_not_whole_is_not_saved(change, match, folder, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        save_pretrained(change(from_pretrained(folder)), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_save_refuses(folder, tmp_path):
+    vae = from_pretrained(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="it is a file, name a directory"):
+        save_pretrained(vae, tmp_path / "file")
+    vae = cv.VAE(CONFIG, key=jax.random.key(0), pad_mode="replicate")
+    with pytest.raises(ValueError, match="pad_mode='replicate' cannot be saved"):
+        save_pretrained(vae, tmp_path / "ours")
+
+
+# The hub.
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A directory that stands for the hub, and what was asked of it."""
+    asked = []
+
+    def download(repo_id, filename, *, subfolder=None, **options):
+        asked.append((repo_id, f"{subfolder}/{filename}" if subfolder else filename, options))
+        path = tmp_path / "hub" / (subfolder or "") / filename
+        if not path.is_file():
+            raise EntryNotFoundError(f"404 Client Error: {filename}")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return tmp_path / "hub", asked
+
+
+@pytest.mark.parametrize(
+    "below, options, files",
+    [
+        ("vae", {}, ["vae/config.json", f"vae/{INDEX}", f"vae/{WEIGHTS}"]),
+        ("", {}, ["vae/config.json", "config.json", INDEX, WEIGHTS]),
+        ("vae", {"variant": "fp16"}, None),
+        ("vae", {"max_shard_size": "400KB"}, None),
+    ],
+    ids=["vae", "root", "variant", "sharded"],
+)
+def test_hub(below, options, files, hub, model):
+    path, asked = hub
+    model.save_pretrained(path / below, **options)
+    given = {"revision": "main", "token": "t", "cache_dir": "/cache", "local_files_only": False}
+    vae = from_pretrained("someone/some-model", **given)
+    assert_holds(vae, model.state_dict())
+    assert all(name == "someone/some-model" and rest == given for name, _, rest in asked)
+    names = [name for _, name, _ in asked]
+    assert files is None or names == files
+    assert "max_shard_size" not in options or f"vae/{WEIGHTS}" not in names
+
+
+def test_hub_subfolder(hub, model):
+    path, asked = hub
+    model.save_pretrained(path / "other")
+    from_pretrained("someone/some-model", subfolder="other")
+    assert {name.partition("/")[0] for _, name, _ in asked} == {"other"}
+
+
+@pytest.mark.parametrize(
+    "files, match",
+    [
+        ([], r"the hub did not give vae/config\.json or config\.json \(404"),
+        (["vae/config.json"], rf"did not give vae/{WEIGHTS} or vae/{INDEX} \(404"),
+        (["config.json"], rf"did not give {WEIGHTS} or {INDEX} \(404"),
+    ],
+)
+def test_hub_without_the_files(files, match, hub, written):
+    for name in files:
+        (hub[0] / name).parent.mkdir(parents=True)
+        shutil.copy(written / "config.json", hub[0] / name)
+    with pytest.raises(OSError, match=match):
+        from_pretrained("someone/some-model")
+
+
+def test_hub_offline(tmp_path):
+    with pytest.raises(OSError, match="there is no directory 'someone/none', and the hub") as info:
+        from_pretrained("someone/none", cache_dir=tmp_path, local_files_only=True)
+    assert "\n" not in str(info.value)
+
+
+def test_hub_errors_are_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("connection reset\nby peer")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(OSError, match=r"did not give it \(connection reset\): check the name"):
+        from_pretrained("someone/none")
+
+
+def test_tiny_is_a_name(folder, monkeypatch):
+    monkeypatch.setattr(_checkpoint_files, "_EMBEDDED", folder.parent)
+    with pytest.raises(FileNotFoundError, match="embedded weights 'tiny' are missing from"):
+        from_pretrained("tiny")
+    folder.rename(folder.parent / "tiny")
+    assert from_pretrained("tiny").config == CONFIG
+
+
+# Files that will not do.
+
+
+def truncate(folder):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def configured(**fields):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def indexed(content):
+    return lambda folder: (folder / INDEX).write_text(content)
+
+
+def renamed(name):
+    return lambda folder: (folder / WEIGHTS).rename(folder / name)
+
+
+def pickled(folder):
+    torch.save({"a": torch.zeros(2)}, folder / WEIGHTS)
+
+
+def variants(folder):
+    shutil.copy(folder / WEIGHTS, folder / "diffusion_pytorch_model.fp16.safetensors")
+    renamed("diffusion_pytorch_model.bf16.safetensors")(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil, match",
+    [
+        (truncate, r"safetensors is not a complete safetensors file .*: copy or download"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b""), "not a complete safetensors file"),
+        (pickled, r"is a pickle, which may run code .*`from_original`"),
+        (renamed("diffusion_pytorch_model.bin"), r"model\.bin is a pickle.*safe_serialization"),
+        (renamed("other.safetensors"), f"there is no {WEIGHTS} in .*download it too"),
+        (variants, "holds the variants bf16, fp16, and no .*leave one there"),
+        (indexed("{"), "index.json is not JSON"),
+        (indexed("[]"), "must hold a JSON object, got a list"),
+        (indexed('{"weight_map": {"a": "../b.safetensors"}}'), "to files beside it"),
+        (indexed('{"weight_map": {"a": "b.safetensors"}}'), "names b.safetensors, which is not"),
+        (configured(block_channels=[8]), "did you mean 'block_out_channels'"),
+        (configured(_class_name="AutoencoderKL"), "expected .*CogVideoX, got a 'AutoencoderKL'"),
+        (configured(norm_num_groups=3), "in .*config.json: `norm_num_groups`=3 must divide"),
+        (configured(latents_mean=7), "in .*config.json: "),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").unlink(), r"no config\.json in .* or .*vae: give"),
+    ],
+)
+def test_bad_checkpoints(spoil, match, folder):
+    spoil(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=match) as info:
+        from_pretrained(folder)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "name, error, match",
+    [
+        ("none", FileNotFoundError, "there is no directory .*none: give one"),
+        ("a/b/none", FileNotFoundError, "there is no directory .*none: give one"),
+        ("3d-vae.pt", ValueError, "3d-vae.pt is a pickle, .*use `from_original`"),
+        (f"model/{WEIGHTS}", NotADirectoryError, "is a file, and the directory with config"),
+        (".", FileNotFoundError, r"no config\.json.*; `from_original` reads 3d-vae\.pt"),
+    ],
+)
+def test_bad_paths(name, error, match, folder):
+    (folder.parent / "3d-vae.pt").write_bytes(b"")
+    with pytest.raises(error, match=match):
+        from_pretrained(folder.parent / name)
+
+
+@pytest.mark.parametrize(
+    "dtype, match",
+    [("int8", "must be one of .*got int8"), ("bf", "got bf"), ("float64", "jax_enable_x64")],
+)
+def test_bad_dtypes(dtype, match, folder):
+    with pytest.raises(ValueError, match=match):
+        from_pretrained(folder, dtype=dtype)
+
+
+def test_every_fault_is_named_at_once(folder):
+    def change(tensors):
+        tensors["stranger"] = torch.zeros(1)
+        del tensors["encoder.conv_in.conv.bias"]
+        tensors[ONE] = tensors[ONE][:, :2].contiguous()
+        tensors["decoder.conv_out.conv.bias"][1] = float("nan")
+        tensors["decoder.conv_in.conv.bias"][0] = float("inf")
+        tensors["encoder.conv_out.conv.bias"] = torch.zeros(8, dtype=torch.int32)
+
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match="do not fit the model") as info:
+        from_pretrained(folder)
+    message = str(info.value)
+    for part in (
+        "1 missing: encoder.conv_in.conv.bias;",
+        "1 unexpected: stranger;",
+        f"1 misshapen: {ONE} [8, 2, 3, 3, 3] for [8, 3, 3, 3, 3];",
+        "2 not finite: ",
+        "decoder.conv_in.conv.bias",
+        "decoder.conv_out.conv.bias",
+        "1 not floating: encoder.conv_out.conv.bias of I32;",
+        "use the config.json that belongs",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_long_lists_of_faults_are_cut(folder):
+    configured(layers_per_block=2)(folder)
+    with pytest.raises(ValueError, match=r"\d\d missing: (\S+, ){7}\S+ and \d+ more; .*config"):
+        from_pretrained(folder)
+
+
+def test_overflow_is_named(folder):
+    rewrite(folder, lambda tensors: tensors[ONE].view(-1)[0].fill_(1e6))
+    with pytest.raises(ValueError, match=f"1 not finite: {ONE}; .*a wider dtype if float16"):
+        from_pretrained(folder, dtype="float16")
+    assert from_pretrained(folder, dtype="bfloat16").dtype == jnp.bfloat16
+
+
+def test_a_tensor_in_two_shards(tmp_path, model):
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    shards = sorted(tmp_path.glob("*-of-*.safetensors"))
+    tensors = [safetensors.torch.load_file(shard) for shard in shards[:2]]
+    safetensors.torch.save_file(tensors[0] | tensors[1], shards[1], {"format": "pt"})
+    with pytest.raises(ValueError, match="again: copy or download all shards"):
+        from_pretrained(tmp_path)
+
+
+# The original format.
+
+
+def to_original(tensors, blocks):
+    """The names of zai-org's checkpoints, by their own construction."""
+    result = OrderedDict()
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[1] == "down_blocks":
+            parts[1] = "down"
+        elif parts[1] == "up_blocks":
+            parts[1:3] = ["up", str(blocks - 1 - int(parts[2]))]
+        elif parts[1] == "mid_block":
+            parts[1:4] = ["mid", f"block_{int(parts[3]) + 1}"]
+        words = {"resnets": "block", "conv_shortcut": "nin_shortcut"}
+        parts = [words.get(part, part) for part in parts]
+        name = ".".join(parts)
+        name = name.replace(".downsamplers.0.", ".downsample.")
+        result[name.replace(".upsamplers.0.", ".upsample.")] = tensor
+    return result
+
+
+def strided(tensors):
+    """Each tensor with other strides, some of them parts of one larger storage."""
+    result = OrderedDict()
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            result[name] = tensor.transpose(0, 1).contiguous().transpose(0, 1)
+        else:
+            result[name] = torch.cat([tensor, tensor])[len(tensor) :]
+    return result
+
+
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda tensors: tensors,
+        strided,
+        lambda tensors: {k: v.bfloat16() for k, v in strided(tensors).items()},
+        lambda tensors: {"state_dict": tensors, "global_step": 7, "steps": torch.arange(3)},
+        lambda tensors: {"module": {f"first_stage_model.{k}": v for k, v in tensors.items()}},
+        lambda tensors: tensors | {"loss.discriminator.weight": torch.zeros(2), "loss.n": 3},
+        lambda tensors: {k: torch.nn.Parameter(v) for k, v in tensors.items()},
+    ],
+    ids=["plain", "strided", "bfloat16", "state_dict", "module", "loss", "parameters"],
+)
+def test_original(dress, model, tmp_path):
+    assert list(to_original({"decoder.up_blocks.0.upsamplers.0.conv.bias": 0}, 4)) == [
+        "decoder.up.3.upsample.conv.bias"
+    ]
+    tree = dress(to_original(model.state_dict(), 4))
+    torch.save(tree, tmp_path / "3d-vae.pt")
+    vae = from_original(tmp_path / "3d-vae.pt", CONFIG)
+    dtype = torch.bfloat16 if vae.dtype == jnp.bfloat16 else torch.float32
+    assert_holds(vae, {k: v.to(dtype) for k, v in model.state_dict().items()})
+
+
+def test_original_module_with_its_metadata(model, tmp_path):
+    tensors = model.state_dict()
+    renamed = to_original(tensors, 4)
+    renamed._metadata = tensors._metadata
+    torch.save(renamed, tmp_path / "3d-vae.pt")
+    assert_holds(from_original(tmp_path / "3d-vae.pt", CONFIG), tensors)
+
+
+def test_original_in_safetensors(model, tmp_path):
+    path = tmp_path / "3d-vae.safetensors"
+    safetensors.torch.save_file(to_original(model.state_dict(), 4), path)
+    vae = from_original(path, CONFIG, dtype="float16")
+    assert_holds(vae, {name: tensor.half() for name, tensor in model.state_dict().items()})
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_is_never_executed(legacy, tmp_path):
+    path, trace = tmp_path / "3d-vae.pt", tmp_path / "trace"
+    torch.save({"a": Malicious(trace)}, path, _use_new_zipfile_serialization=not legacy)
+    match = "before 1.6" if legacy else r"asks for '(posix|nt)\.system', which .*refused, and noth"
+    with pytest.raises(ValueError, match=match):
+        from_original(path)
+    assert not trace.exists()
+
+
+def pickle_of(content, path, *, byteorder=b"little", compression=zipfile.ZIP_STORED):
+    """A file as of `torch.save`, with a pickle of our own making."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/byteorder", byteorder)
+        archive.writestr("a/data/0", bytes(8))
+
+
+def tensor_pickle(name, offset=0, size=3, stride=1):
+    """Of a dictionary with one tensor, in float32, over a storage of two numbers."""
+    key = b"X" + len(name).to_bytes(4, "little") + name.encode()
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ"
+    numbers = b"J%bJ%b\x85J%b\x85" % tuple(
+        n.to_bytes(4, "little", signed=True) for n in (offset, size, stride)
+    )
+    return (
+        b"\x80\x02}"
+        + key
+        + b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + numbers
+        + b"\x89NtRs."
+    )
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"\x80\x02cbuiltins\neval\nX\x01\0\0\0a\x85R.", r"asks for 'builtins\.eval'"),
+        (b"\x80\x02(X\x01\0\0\0aios\nsystem\n.", r"asks for 'os\.system'"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor\n.", r"asks for 'torch\._utils\._rebuild_t"),
+        (b"\x80\x02X\x01\0\0\0aQ.", "is damaged"),
+        (b"\x80\x02}.", r"\d+ missing: "),
+        (b"\x80\x02].", "holds a value of type list, and named"),
+        (b"\x80\x02}X\x01\0\0\0aK\x07s.", "'a' in .* is of type int, and a tensor is due"),
+        (b"\x80\x02}", "is damaged"),
+        # BUILD, which would set attributes of what the reader hands out.
+        (b"\x80\x02ctorch\nFloatStorage\n}X\x05\0\0\0dtypeX\x05\0\0\0int64sb.", "is damaged"),
+        (b"\x80\x02ctorch\nFloatStorage\nN}X\x05\0\0\0dtypeX\x01\0\0\0as\x86b.", "is damaged"),
+        (tensor_pickle("a"), "1 unexpected: a;"),
+        (tensor_pickle("encoder.conv_in.conv.bias"), r"conv_in\.conv\.bias \[3\] for \[8\]"),
+        (tensor_pickle("decoder.conv_out.conv.bias"), "reaches beyond its storage"),
+        (tensor_pickle("decoder.conv_out.conv.bias", 2, 3, 0), "reaches beyond its storage"),
+        (tensor_pickle("decoder.conv_out.conv.bias", 1, 3, 0), r"missing: [^;]+more; pass the"),
+        (tensor_pickle("decoder.conv_out.conv.bias", -1), "is damaged"),
+        (tensor_pickle("decoder.conv_out.conv.bias", 0, 3, -1), "is damaged"),
+    ],
+)
+def test_odd_pickles(content, match, tmp_path):
+    pickle_of(content, tmp_path / "3d-vae.pt")
+    with pytest.raises(ValueError, match=match):
+        from_original(tmp_path / "3d-vae.pt", CONFIG)
+
+
+def test_odd_archives(folder, tmp_path):
+    path = tmp_path / "3d-vae.pt"
+    empty = b"\x80\x02}."
+    pickle_of(empty, path, byteorder=b"big")
+    with pytest.raises(ValueError, match="bytes in 'big' order, 'little' is due"):
+        from_original(path)
+    pickle_of(empty, path, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="is compressed"):
+        from_original(path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="is a truncated zip file"):
+        from_original(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match="is not a file that `torch.save` writes"):
+        from_original(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*3d-vae.pt"):
+        from_original(path)
+    with pytest.raises(IsADirectoryError, match="name the file in it"):
+        from_original(tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello", "")
+    with pytest.raises(ValueError, match="a zip file but not one"):
+        from_original(path)
+
+
+def test_each_format_points_to_the_other(model, folder, tmp_path):
+    with pytest.raises(ValueError, match="these are diffusers' names.*`from_pretrained`"):
+        from_original(folder / WEIGHTS, CONFIG)
+    tensors = to_original(model.state_dict(), 4)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"names of zai-org's 3d-vae\.pt.*`from_original`"):
+        from_pretrained(folder)
+
+
+def test_original_faults_go_by_the_names_in_the_file(model, tmp_path):
+    tensors = to_original(model.state_dict(), 4)
+    del tensors["decoder.up.3.block.0.conv1.conv.weight"]
+    tensors["encoder.mid.block_1.norm1.bias"] = torch.full((16,), float("nan"))
+    torch.save(tensors, tmp_path / "3d-vae.pt")
+    with pytest.raises(ValueError, match=r"1 missing: decoder\.up\.3\.block.*; 1 not .*block_1"):
+        from_original(tmp_path / "3d-vae.pt", CONFIG)

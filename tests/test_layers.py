@@ -1,0 +1,124 @@
+"""Convolutions and layers, one by one, against torch and against themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders import autoencoder_kl_cogvideox as theirs
+from diffusers.models.downsampling import CogVideoXDownsample3D
+from diffusers.models.upsampling import CogVideoXUpsample3D
+from reference import distance, from_torch, normal, to_torch
+
+from eqx_cogvae import _convolution, _layers
+
+KEY = jax.random.key(0)
+
+
+def variants(fn, *args):
+    return [jax.jit(lambda *a, v=v: fn(*a, variant=v))(*args) for v in _convolution.VARIANTS]
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (2, 5, 3)])
+def test_every_lowering_of_a_causal_convolution_agrees(sizes):
+    x, kernel, bias = normal((2, 4, 6, 7, 3)), normal((*sizes, 3, 5), 1), normal((5,), 2)
+    (cpu, cpu_cache), (default, cache) = variants(_convolution.causal_conv, x, kernel, bias)
+    assert distance(cpu, default) < 1e-6
+    padded = torch.cat([to_torch(x)[:, :, :1]] * (sizes[0] - 1) + [to_torch(x)], dim=2)
+    weight = torch.from_numpy(np.asarray(kernel).transpose(4, 3, 0, 1, 2).copy())
+    padding = (0, sizes[1] // 2, sizes[2] // 2)
+    due = torch.nn.functional.conv3d(
+        padded, weight, torch.from_numpy(np.array(bias)), padding=padding
+    )
+    assert distance(cpu, from_torch(due)) < 1e-6
+    if sizes[0] == 1:
+        assert cache is None
+        assert cpu_cache is None
+    else:
+        np.testing.assert_array_equal(cache, from_torch(padded)[:, 1 - sizes[0] :])
+
+
+def test_every_lowering_of_a_doubling_convolution_agrees():
+    x, kernel, bias = normal((2, 3, 5, 4, 6)), normal((3, 3, 6, 7), 1), normal((7,), 2)
+    cpu, default = variants(_convolution.doubling_conv, x, kernel, bias)
+    assert distance(cpu, default) < 1e-6
+
+
+@pytest.mark.parametrize("cuts", [(1, 1, 1, 1, 1), (2, 3), (4, 1)])
+def test_a_causal_convolution_in_pieces_is_the_whole(cuts):
+    layer = _layers.CausalConv3d(3, 4, key=KEY)
+    x = normal((1, 5, 6, 6, 3))
+    whole, whole_cache = layer(x)
+    pieces, cache = [], None
+    for piece in jnp.split(x, np.cumsum(cuts)[:-1], axis=1):
+        y, cache = layer(piece, cache)
+        assert cache.shape == (1, 2, 6, 6, 3)
+        pieces.append(y)
+    assert distance(jnp.concatenate(pieces, 1), whole) < 1e-6
+    np.testing.assert_array_equal(cache, whole_cache)
+
+
+def test_a_causal_convolution_sees_no_later_frame():
+    layer = _layers.CausalConv3d(3, 4, key=KEY)
+    x = normal((1, 5, 6, 6, 3))
+    changed = x.at[:, 3:].set(7.0)
+    np.testing.assert_array_equal(layer(x)[0][:, :3], layer(changed)[0][:, :3])
+
+
+def test_unknown_pad_mode():
+    with pytest.raises(ValueError, match="`pad_mode` must be one of first.*got 'mirror'"):
+        _layers.CausalConv3d(3, 4, pad_mode="mirror", key=KEY)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_group_norm_is_as_exact_as_float64(offset):
+    """A large mean swamps variances that are not centred first."""
+    layer = _layers.GroupNorm(8, 2, 1e-6)
+    x = normal((1, 3, 32, 32, 8)) + offset
+    due = torch.nn.functional.group_norm(to_torch(x).double(), 2, eps=1e-6)
+    ulp = 1e-6 if not offset else 1e-4  # of x itself: 1000 holds 6e-5
+    assert distance(layer(x), np.moveaxis(due.numpy(), 1, -1)) < ulp
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("latent_frames", [1, 2, 3])
+def test_spatial_norm(frames, latent_frames):
+    if frames > 1 and frames % 2 and latent_frames == 1:
+        pytest.skip("diffusers splits one latent frame into one and none, and fails")
+    ours = _layers.SpatialNorm(8, 3, 2, key=KEY)
+    model = theirs.CogVideoXSpatialNorm3D(8, 3, groups=2)
+    copy(model.conv_y.conv, ours.conv_y.conv)
+    copy(model.conv_b.conv, ours.conv_b.conv)
+    x, z = normal((2, frames, 11, 8, 8)), normal((2, latent_frames, 5, 4, 3), 1)
+    due, _ = model(to_torch(x), to_torch(z))
+    assert distance(ours(x, z), from_torch(due)) < 2e-6
+
+
+def copy(module, conv):
+    weight = np.asarray(conv.weight)
+    axes = (4, 3, 0, 1, 2) if weight.ndim == 5 else (3, 2, 0, 1)
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(weight.transpose(axes).copy()))
+        module.bias.copy_(torch.from_numpy(np.array(conv.bias)))
+
+
+@pytest.mark.parametrize("compress_time", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 9])
+def test_resampling(frames, compress_time):
+    x = normal((1, frames, 9, 12, 4))
+    for ours, model in (
+        (_layers.Downsample(4, compress_time, key=KEY), CogVideoXDownsample3D),
+        (_layers.Upsample(4, compress_time, key=KEY), CogVideoXUpsample3D),
+    ):
+        padding = {"padding": 0} if model is CogVideoXDownsample3D else {"padding": 1}
+        module = model(4, 4, compress_time=compress_time, **padding)
+        copy(module.conv, ours.conv)
+        assert distance(ours(x), from_torch(module(to_torch(x)))) < 1e-6
+
+
+def test_a_resnet_block_with_spatial_norms_asks_for_latents():
+    block = _layers.ResnetBlock(
+        4, 4, groups=2, eps=1e-6, act_fn="silu", latents=3, pad_mode="first", key=KEY
+    )
+    with pytest.raises(ValueError, match="needs `latents=`"):
+        block(normal((1, 1, 4, 4, 4)))
