@@ -92,8 +92,9 @@ def from_pretrained(
     if any(re.match(r"(first_stage_model\.)?encoder\.down\.\d", name) for name in tensors):
         hint = "these are the names of zai-org's 3d-vae.pt, load it with `from_original`."
     where = str(files.weights[0] if len(files.weights) == 1 else files.config.parent)
-    due = _due(config)
-    return _filled(config, due, tensors, _dtype(dtype, tensors), mesh, where, hint)
+    skeleton = _skeleton(config)
+    names = list(_named(skeleton))
+    return _filled(skeleton, names, tensors, _dtype(dtype, tensors), mesh, where, hint)
 
 
 def from_original(path: str | os.PathLike, config: Config | None = None, dtype: Any = None) -> VAE:
@@ -116,12 +117,12 @@ def from_original(path: str | os.PathLike, config: Config | None = None, dtype: 
         raise FileNotFoundError(f"there is no checkpoint at {path}: give a 3d-vae.pt.")
     config = Config() if config is None else config
     tensors = _original_tensors(path)
-    blocks = len(config.block_out_channels)
-    due = {_original_name(name, blocks): leaf for name, leaf in _due(config).items()}
+    skeleton, blocks = _skeleton(config), len(config.block_out_channels)
+    names = [_original_name(name, blocks) for name in _named(skeleton)]
     hint = "pass the `config=` that belongs to these weights."
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
         hint = "these are diffusers' names, load them with `from_pretrained`."
-    return _filled(config, due, tensors, _dtype(dtype, tensors), None, str(path), hint)
+    return _filled(skeleton, names, tensors, _dtype(dtype, tensors), None, str(path), hint)
 
 
 def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
@@ -133,7 +134,12 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
     **Raises:** `ValueError` for a model that is not whole, or that pads by replication, which
     diffusers' config cannot say; `OSError` where the files cannot be written.
     """
-    tensors = _stored(vae)
+    if vae.encoder.conv_in.pad_mode == "replicate":
+        raise ValueError(
+            "a model with pad_mode='replicate' cannot be saved: diffusers' config has no word "
+            "for it, and would load another model; use `eqx.tree_serialise_leaves`."
+        )
+    tensors = stored_tensors(vae)
     fields = {"_class_name": "AutoencoderKLCogVideoX", "_diffusers_version": _DIFFUSERS_VERSION}
     text = json.dumps(fields | vae.config.to_dict(), indent=2) + "\n"
 
@@ -163,15 +169,17 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
 
 
 def _filled(
-    config: Config,
-    due: Mapping[str, jax.ShapeDtypeStruct],
+    skeleton: VAE,
+    names: list[str],
     tensors: Mapping[str, Stored],
     dtype: np.dtype,
     mesh: Mesh | None,
     where: str,
     hint: str,
 ) -> VAE:
-    """The VAE, one tensor after another; `due` gives the leaves' names in the tree's order."""
+    """The VAE, one tensor after another; `names` are those of its leaves in the file."""
+    shapes, structure = jax.tree.flatten(skeleton)
+    due = dict(zip(names, shapes, strict=True))
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     faults = defaultdict(list)
     faults["missing"] = [name for name in due if name not in tensors]
@@ -192,8 +200,7 @@ def _filled(
                 leaves[name] = jax.block_until_ready(jax.device_put(array, place))
     if any(faults.values()):
         raise ValueError(_complaint(where, faults, dtype, hint))
-    structure = jax.tree.structure(_skeleton(config))
-    return jax.tree.unflatten(structure, [leaves[name] for name in due])
+    return jax.tree.unflatten(structure, [leaves[name] for name in names])
 
 
 def _complaint(where: str, faults: Mapping[str, list[str]], dtype: np.dtype, hint: str) -> str:
@@ -216,10 +223,6 @@ def _named(vae: VAE) -> dict[str, Any]:
     """The leaves by their names in diffusers, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(vae)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _due(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    return _named(_skeleton(config))
 
 
 def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -272,17 +275,21 @@ def _read_config(path: Path) -> Config:
     fields = read_json(path)
     try:
         return Config.from_dict(fields)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} holds a value of a wrong type ({reason}): copy or download it again."
+        ) from error
+    except ValueError as error:
         raise ValueError(f"in {path}: {error}") from error
 
 
-def _stored(vae: VAE) -> dict[str, Stored]:
-    if vae.encoder.conv_in.pad_mode == "replicate":
-        raise ValueError(
-            "a model with pad_mode='replicate' cannot be saved: diffusers' config has no word "
-            "for it, and would load another model; use `eqx.tree_serialise_leaves`."
-        )
-    due = _due(vae.config)
+def stored_tensors(vae: VAE) -> dict[str, Stored]:
+    """The leaves by diffusers' names, as torch lays them out.
+
+    **Raises:** `ValueError` for a model that is not whole.
+    """
+    due = _named(_skeleton(vae.config))
     leaves = {name: leaf for name, leaf in _named(vae).items() if eqx.is_array(leaf)}
     wrong = [
         name
@@ -353,4 +360,4 @@ def _original_tensors(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-__all__ = ["from_original", "from_pretrained", "save_pretrained"]
+__all__ = ["from_original", "from_pretrained", "save_pretrained", "stored_tensors"]

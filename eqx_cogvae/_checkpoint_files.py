@@ -95,7 +95,7 @@ class _Hub:
     def get(self, folder: str, name: str) -> Path | None:
         # Slow to import, and local checkpoints do without.
         import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             path = huggingface_hub.hf_hub_download(
@@ -103,6 +103,9 @@ class _Hub:
             )
         except (EntryNotFoundError, FileNotFoundError) as error:
             self.reason = _first_line(error)
+            if isinstance(error, LocalEntryNotFoundError):
+                # The hub is out of reach, and each further try would wait as long as this one.
+                self.options = self.options | {"local_files_only": True}
             return None
         except Exception as error:
             # The errors of the hub, of its cache and of the transport have no base in common.
@@ -185,13 +188,15 @@ def _files(source: _Directory | _Hub, folder: str, variant: str | None) -> tuple
     if index is None:
         single = source.get(folder, names[1])
         return () if single is None else (single,)
-    shards = tuple(source.get(folder, shard) for shard in _shards(index))
-    for name, shard in zip(_shards(index), shards, strict=True):
+    shards = []
+    for name in _shards(index):
+        shard = source.get(folder, name)
         if shard is None:
             raise FileNotFoundError(
                 f"{index} names {name}, which is not there: copy or download it too."
             )
-    return tuple(shard for shard in shards if shard is not None)
+        shards.append(shard)
+    return tuple(shards)
 
 
 def _shards(index: Path) -> list[str]:

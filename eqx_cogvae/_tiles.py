@@ -77,7 +77,7 @@ class Tiled(Transform):
 
     fn: Callable
     size: tuple[int, int] = eqx.field(static=True)
-    overlap: tuple[float, float] = eqx.field(static=True)
+    overlap: tuple[int | float, int | float] = eqx.field(static=True)
     edges: str = eqx.field(static=True)
     progress: bool = eqx.field(static=True)
 
@@ -150,7 +150,7 @@ class Tiled(Transform):
 def tiled(
     fn: Callable,
     size: tuple[int, int],
-    overlap: tuple[float, float],
+    overlap: tuple[int | float, int | float],
     *,
     edges: str = "clip",
     progress: bool = False,
@@ -184,7 +184,7 @@ def tiled(
     return Tiled(fn, tuple(size), tuple(overlap), edges, progress)
 
 
-def spans(side: int, size: int, overlap: float, factor: _Factor, edges: str) -> tuple[Span, ...]:
+def spans(side: int, size: int, overlap: int | float, factor: _Factor, edges: str) -> tuple[Span, ...]:
     """The tiles along an axis of `side` input cells."""
     down = factor.down
     # 30 * (1 - 0.9) is a little below 3.

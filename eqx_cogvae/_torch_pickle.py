@@ -43,7 +43,7 @@ def read_torch(path: str | os.PathLike) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ValueError(_no_zip(path)) from error
     pickles = [name for name in members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -187,7 +187,7 @@ def _no_zip(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(4)
     if start.startswith(b"PK"):
-        return f"{path} is a truncated zip file: copy or download it again."
+        return f"{path} is a truncated or damaged zip file: copy or download it again."
     if start.startswith(b"\x80"):
         return (
             f"{path} is a pickle outside of a zip file, as torch before 1.6 wrote; convert it: "

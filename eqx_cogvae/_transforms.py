@@ -72,7 +72,7 @@ class Sliced(Transform):
 
     fn: Callable
 
-    def __call__(self, *args: PyTree[Shaped[Array, "b ..."]]) -> PyTree[Shaped[Array, "b ..."]]:
+    def __call__(self, *args: PyTree[Shaped[Array, "_ ..."]]) -> PyTree[Shaped[Array, "b ..."]]:
         if is_traced((self, args)):
             return lax.map(lambda element: _first(self.fn(*_batch_of_one(element))), args)
         batch = {leaf.shape[0] for leaf in jax.tree.leaves(args)}

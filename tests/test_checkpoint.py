@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from reference import decode, distance, encode, normal, quietly, reference
 
 import eqx_cogvae as cv
@@ -107,7 +107,7 @@ def test_loads_what_diffusers_saves(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dtype, options",
+    ("dtype", "options"),
     [
         (torch.float32, {"max_shard_size": "100KB"}),
         (torch.bfloat16, {}),
@@ -251,7 +251,7 @@ def test_a_failed_save_leaves_nothing(there, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change, match",
+    ("change", "match"),
     [
         (lambda vae: eqx.tree_at(lambda v: v.decoder.conv_in, vae, None), r"decoder\.conv_in\."),
         (
@@ -271,7 +271,8 @@ def test_save_refuses(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="it is a file, name a directory"):
         save_pretrained(vae, tmp_path / "file")
-    vae = cv.VAE(CONFIG, key=jax.random.key(0), pad_mode="replicate")
+    key = jax.random.key(0)
+    vae = eqx.filter_eval_shape(lambda: cv.VAE(CONFIG, key=key, pad_mode="replicate"))
     with pytest.raises(ValueError, match="pad_mode='replicate' cannot be saved"):
         save_pretrained(vae, tmp_path / "ours")
 
@@ -296,7 +297,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "below, options, files",
+    ("below", "options", "files"),
     [
         ("vae", {}, ["vae/config.json", f"vae/{INDEX}", f"vae/{WEIGHTS}"]),
         ("", {}, ["vae/config.json", "config.json", INDEX, WEIGHTS]),
@@ -325,7 +326,7 @@ def test_hub_subfolder(hub, model):
 
 
 @pytest.mark.parametrize(
-    "files, match",
+    ("files", "match"),
     [
         ([], r"the hub did not give vae/config\.json or config\.json \(404"),
         (["vae/config.json"], rf"did not give vae/{WEIGHTS} or vae/{INDEX} \(404"),
@@ -344,6 +345,19 @@ def test_hub_offline(tmp_path):
     with pytest.raises(OSError, match="there is no directory 'someone/none', and the hub") as info:
         from_pretrained("someone/none", cache_dir=tmp_path, local_files_only=True)
     assert "\n" not in str(info.value)
+
+
+def test_an_unreachable_hub_is_asked_once(monkeypatch):
+    asked = []
+
+    def fail(repo_id, filename, *, local_files_only, **options):
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError("cannot reach it")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(OSError, match=r"\(cannot reach it\): check the name"):
+        from_pretrained("someone/none")
+    assert asked == [False, True]
 
 
 def test_hub_errors_are_one_line(monkeypatch):
@@ -397,7 +411,7 @@ def variants(folder):
 
 
 @pytest.mark.parametrize(
-    "spoil, match",
+    ("spoil", "match"),
     [
         (truncate, r"safetensors is not a complete safetensors file .*: copy or download"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), "not a complete safetensors file"),
@@ -412,7 +426,7 @@ def variants(folder):
         (configured(block_channels=[8]), "did you mean 'block_out_channels'"),
         (configured(_class_name="AutoencoderKL"), "expected .*CogVideoX, got a 'AutoencoderKL'"),
         (configured(norm_num_groups=3), "in .*config.json: `norm_num_groups`=3 must divide"),
-        (configured(latents_mean=7), "in .*config.json: "),
+        (configured(latents_mean=7), "config.json holds a value of a wrong type"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json in .* or .*vae: give"),
     ],
@@ -425,7 +439,7 @@ def test_bad_checkpoints(spoil, match, folder):
 
 
 @pytest.mark.parametrize(
-    "name, error, match",
+    ("name", "error", "match"),
     [
         ("none", FileNotFoundError, "there is no directory .*none: give one"),
         ("a/b/none", FileNotFoundError, "there is no directory .*none: give one"),
@@ -441,7 +455,7 @@ def test_bad_paths(name, error, match, folder):
 
 
 @pytest.mark.parametrize(
-    "dtype, match",
+    ("dtype", "match"),
     [("int8", "must be one of .*got int8"), ("bf", "got bf"), ("float64", "jax_enable_x64")],
 )
 def test_bad_dtypes(dtype, match, folder):
@@ -614,7 +628,7 @@ def tensor_pickle(name, offset=0, size=3, stride=1):
 
 
 @pytest.mark.parametrize(
-    "content, match",
+    ("content", "match"),
     [
         (b"\x80\x02cbuiltins\neval\nX\x01\0\0\0a\x85R.", r"asks for 'builtins\.eval'"),
         (b"\x80\x02(X\x01\0\0\0aios\nsystem\n.", r"asks for 'os\.system'"),
@@ -652,13 +666,13 @@ def test_odd_archives(folder, tmp_path):
     with pytest.raises(ValueError, match="is compressed"):
         from_original(path)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match="is a truncated zip file"):
+    with pytest.raises(ValueError, match="is a truncated or damaged zip"):
         from_original(path)
     path.write_bytes(b"hello")
-    with pytest.raises(ValueError, match="is not a file that `torch.save` writes"):
+    with pytest.raises(ValueError, match=r"is not a file that `torch.save` writes"):
         from_original(path)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*3d-vae.pt"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*3d-vae\.pt"):
         from_original(path)
     with pytest.raises(IsADirectoryError, match="name the file in it"):
         from_original(tmp_path)
@@ -669,7 +683,7 @@ def test_odd_archives(folder, tmp_path):
 
 
 def test_each_format_points_to_the_other(model, folder, tmp_path):
-    with pytest.raises(ValueError, match="these are diffusers' names.*`from_pretrained`"):
+    with pytest.raises(ValueError, match=r"these are diffusers' names.*`from_pretrained`"):
         from_original(folder / WEIGHTS, CONFIG)
     tensors = to_original(model.state_dict(), 4)
     safetensors.torch.save_file(tensors, folder / WEIGHTS)

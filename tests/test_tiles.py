@@ -63,7 +63,7 @@ grids = st.tuples(st.integers(2, 15), st.integers(2, 15))
 
 
 @given(axes=axes, grid=grids)
-@settings(max_examples=5)
+@settings(max_examples=4)
 def test_equals_diffusers(axes, grid, models):
     assert_tiles_agree(models, axes, grid)
 
@@ -125,7 +125,7 @@ def pooled(x):
     grid=st.tuples(st.integers(1, 30), st.integers(1, 30)),
     edges=st.sampled_from(["clip", "shift"]),
 )
-@settings(max_examples=60)
+@settings(max_examples=12)
 def test_local_functions_come_back_whole(size, overlap, grid, edges):
     """Of a function that sees one cell, tiles are the function itself, at any geometry."""
     for fn, unit in ((nearest, 1), (pooled, 4)):

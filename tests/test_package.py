@@ -1,0 +1,81 @@
+"""The package from outside: what importing it does and costs, and what it exports."""
+
+import inspect
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+import eqx_cogvae as cv
+from eqx_cogvae import video
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("av", "diffusers", "huggingface_hub", "optax", "torch", "tqdm")
+# Repeats of each import: the median is then steady beside other work on the machine.
+REPEATS = 7
+
+
+def python(code):
+    """The output of a fresh interpreter, and its seconds."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip(), time.perf_counter() - start
+
+
+def test_import_brings_only_the_core():
+    code = f"import sys, eqx_cogvae; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python(code)[0] == "[]"
+
+
+def test_import_initialises_no_backend():
+    # Once a backend is there, JAX refuses to change how many devices it has.
+    code = """
+import eqx_cogvae, jax
+jax.config.update("jax_num_cpu_devices", 2)
+print(jax.device_count("cpu"))
+try:
+    jax.config.update("jax_num_cpu_devices", 3)
+except RuntimeError:
+    print("refused")
+"""
+    assert python(code)[0].split() == ["2", "refused"]
+
+
+def test_import_takes_little_longer_than_its_dependencies():
+    bare, ours = [], []
+    for _ in range(REPEATS):
+        bare.append(python("import jax, equinox")[1])
+        ours.append(python("import eqx_cogvae")[1])
+    assert statistics.median(ours) < 1.5 * statistics.median(bare)
+
+
+def exported(module):
+    """Functions and classes, without modules, constants and type aliases."""
+    names = getattr(module, "__all__", [name for name in vars(module) if name[0] != "_"])
+    things = {name: getattr(module, name) for name in names}
+    return {n: x for n, x in things.items() if inspect.isroutine(x) or inspect.isclass(x)}
+
+
+@pytest.mark.parametrize("module", [cv, video], ids=lambda module: module.__name__)
+def test_every_export_has_a_docstring(module):
+    # A dataclass without one has its signature there.
+    things = exported(module)
+    bare = [n for n, x in things.items() if not x.__doc__ or x.__doc__.startswith(f"{n}(")]
+    assert len(things) > 5
+    assert bare == []
+
+
+def test_annotations_are_checked_in_these_tests():
+    with pytest.raises(jaxtyping.TypeCheckError, match="crop_frames"):
+        cv.crop_frames(jnp.zeros((3, 8, 8)), 1)
+
+
+def test_the_version_is_that_of_the_metadata():
+    assert f'version = "{cv.__version__}"' in (ROOT / "pyproject.toml").read_text()
