@@ -19,7 +19,7 @@ import eqx_cogvae as cv
 from . import _latents, video
 from ._config import LATENT_BATCH, SAMPLE_BATCH, frame_batches
 from ._files import atomic, check_writable
-from ._passes import STRIP, Comparison, Padding, Stopwatch, progress, streamed
+from ._passes import STRIP, Comparison, Padding, Stopwatch, progress, timed
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DEFAULT_FRAMES = 49
@@ -39,10 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, argparse.ArgumentTypeError) as error:
         _note(f"error: {error}")
         return 2
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            error = "out of memory; give a smaller --size, or --dtype bfloat16"
+        elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        _note("error: out of memory; give a smaller --size, or --dtype bfloat16")
+        _note(f"error: {error}")
         return 2
     return 0
 
@@ -51,7 +53,7 @@ def _reconstruct(options: argparse.Namespace) -> None:
     output = _output(options.output, options.input, (*video.CONTAINERS, ".npy"))
     strip = output.with_suffix(".png")
     check_writable(strip)
-    vae = _model(options)
+    vae = _model(options, options.input)
     clip = _clip(options, vae.config)
     encoding, decoding = Stopwatch(), Stopwatch()
     latents, count, _ = _encoded(vae, clip, options.sample, encoding)
@@ -67,7 +69,7 @@ def _reconstruct(options: argparse.Namespace) -> None:
 
 def _encode(options: argparse.Namespace) -> None:
     output = _checked(options.output, (".safetensors",))
-    vae = _model(options)
+    vae = _model(options, options.input)
     clip = _clip(options, vae.config)
     watch = Stopwatch()
     latents, count, padded = _encoded(vae, clip, options.sample, watch)
@@ -116,7 +118,8 @@ def _decode(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     shape = options.size and (1, _count(options.size[0]), *_size(options.size[1]))
-    if shape and not hasattr(cv, "plan"):
+    plan = getattr(cv, "plan", None)
+    if shape and plan is None:
         raise ValueError("this version of eqx_cogvae cannot plan memory, leave out --size.")
     vae = _model(options)
     for name, value in vae.config.to_dict().items():
@@ -127,8 +130,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{'bytes':28} {sum(leaf.nbytes for leaf in leaves):,}")
     print(f"{'dtype':28} {', '.join(sorted({leaf.dtype.name for leaf in leaves}))}")
     print(f"{'fingerprint':28} {_latents.fingerprint(vae)}")
-    if shape:
-        print(cv.plan(vae, shape))
+    if plan and shape:
+        print(plan(vae, shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +187,8 @@ def _encoded(
     """The clip's latents, its frame count, and the count it was padded to."""
     padding = Padding()
     batches = clip.frames and len(frame_batches(clip.frames, SAMPLE_BATCH))
-    results = streamed(vae.encode_step, padding.pad(clip.pieces()), watch)
-    moments = np.concatenate(list(progress(results, "encode", batches)), axis=1)
+    stream = cv.streamed(vae.encode_step, SAMPLE_BATCH)(padding.pad(clip.pieces()))
+    moments = np.concatenate(list(progress(timed(stream, watch), "encode", batches)), axis=1)
     if padding.padded != padding.count:
         _note(
             f"warning: {padding.count} frames do not round-trip; the last was repeated "
@@ -201,10 +204,9 @@ def _decoded(
 ) -> Iterator[np.ndarray]:
     """Decodes frame batch by frame batch, and stops at `count` frames."""
     _latents.check_latents(latents)
-    sizes = frame_batches(latents.shape[1], LATENT_BATCH)
-    pieces = np.split(latents, np.cumsum(sizes)[:-1], axis=1)
-    results = streamed(vae.decode_step, pieces, watch)
-    for result in progress(results, "decode", len(sizes)):
+    batches = len(frame_batches(latents.shape[1], LATENT_BATCH))
+    stream = cv.streamed(vae.decode_step, LATENT_BATCH)(latents)
+    for result in progress(timed(stream, watch), "decode", batches):
         yield result[:, :count]
         count -= result.shape[1]
         if count <= 0:
@@ -219,7 +221,9 @@ def _write(output: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
         np.save(partial, np.concatenate([piece.astype(np.float32) for piece in pieces], axis=1))
 
 
-def _model(options: argparse.Namespace) -> cv.VAE:
+def _model(options: argparse.Namespace, source: Path | None = None) -> cv.VAE:
+    if source is not None:
+        video.info(source)  # what is wrong with it is known sooner than a model is loaded
     dtype = None if options.dtype is None else jnp.dtype(options.dtype)
     return cv.from_pretrained(options.model, dtype=dtype)
 

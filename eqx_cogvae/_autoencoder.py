@@ -22,7 +22,7 @@ from ._layers import (
     Upsample,
 )
 from ._posterior import DiagonalGaussian
-from ._transforms import framewise
+from ._transforms import framewise, is_traced
 from ._types import Key
 
 _MID_RESNETS = 2
@@ -411,7 +411,7 @@ def _check(x: Array, what: str, channels: int, *, smallest: int) -> None:
 
 
 def _check_range(video: Array) -> None:
-    if isinstance(video, jax.core.Tracer):
+    if is_traced(video):
         return
     largest = float(jax.device_get(jnp.max(jnp.abs(video))))
     if largest > _LARGEST_SAMPLE:

@@ -89,7 +89,7 @@ class _Hub:
 
     def __init__(self, name: str, options: dict[str, Any]):
         self.name = name
-        self.options = options
+        self.options: dict[str, Any] = options
         self.reason = ""
 
     def get(self, folder: str, name: str) -> Path | None:

@@ -118,7 +118,7 @@ class Config:
         if model not in ("AutoencoderKLCogVideoX", "EqxAutoencoderKLCogVideoX"):
             raise ValueError(f"expected the config of an AutoencoderKLCogVideoX, got a {model!r}.")
         known = [field.name for field in dataclasses.fields(cls)]
-        given = {
+        given: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v
             for k, v in fields.items()
             if not k.startswith("_")

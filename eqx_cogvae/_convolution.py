@@ -4,6 +4,7 @@ The only file that asks which platform it is on. Every function takes and return
 arrays; every variant computes the same numbers, in another order of summation.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -64,8 +65,8 @@ def valid_conv(
         # XLA's CPU backend has a fast 2D convolution only.
         frames = x.shape[1] - kernel.shape[0] + 1
         x, kernel = at_least_float32(x), at_least_float32(kernel)
-        y = sum(_conv2d(x[:, i : i + frames], tap, (1, 1), pads) for i, tap in enumerate(kernel))
-        return _biased(y, bias)
+        parts = (_conv2d(x[:, i : i + frames], tap, (1, 1), pads) for i, tap in enumerate(kernel))
+        return _biased(functools.reduce(jnp.add, parts), bias)
 
     return _per_platform(taps, direct, x, kernel, bias, variant=variant)
 

@@ -24,7 +24,7 @@ _SPATIAL_EPS = 1e-6
 
 
 class Conv(eqx.Module):
-    """A convolution's kernel, `(*sizes, in, out)`, and bias, `(out,)`; initialised as torch does."""
+    """A convolution's kernel, `(*sizes, in, out)`, and bias, `(out,)`; torch's initialisation."""
 
     weight: Float[Array, "*sizes i o"]
     bias: Float[Array, " o"]

@@ -1,9 +1,9 @@
 """What the command line does as a clip passes by, frame batch by frame batch."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from ._config import SAMPLE_BATCH
@@ -27,14 +27,14 @@ class Stopwatch:
         self.total += passed
 
 
-def streamed(
-    step: Callable, pieces: Iterable[np.ndarray], watch: Stopwatch
-) -> Iterator[np.ndarray]:
-    """Results of a VAE's step over frame batches, one at a time, on the host."""
-    cache = None
-    for piece in pieces:
+def timed(results: Iterable[jax.Array], watch: Stopwatch) -> Iterator[np.ndarray]:
+    """The results on the host, their making timed."""
+    results = iter(results)
+    while True:
         with watch:
-            result, cache = step(jnp.asarray(piece), cache)
+            result = next(results, None)
+            if result is None:
+                return
             result = np.asarray(result)
         yield result
 
@@ -92,4 +92,4 @@ def progress(results: Iterable[np.ndarray], label: str, total: int | None) -> It
     return tqdm(results, label, total, unit="batch", disable=None)
 
 
-__all__ = ["STRIP", "Comparison", "Padding", "Stopwatch", "progress", "streamed"]
+__all__ = ["STRIP", "Comparison", "Padding", "Stopwatch", "progress", "timed"]

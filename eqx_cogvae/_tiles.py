@@ -100,13 +100,9 @@ class Tiled(Transform):
         height, width = x.shape[_HEIGHT : _WIDTH + 1]
         if height <= self.size[0] and width <= self.size[1]:
             return call(self.fn, x)
-        factors = self._factors(x)
-        rows, columns = (
-            spans(sides, *given, factor, self.edges)
-            for sides, *given, factor in zip(
-                (height, width), self.size, self.overlap, factors, strict=True
-            )
-        )
+        down, across = self._factors(x)
+        rows = spans(height, self.size[0], self.overlap[0], down, self.edges)
+        columns = spans(width, self.size[1], self.overlap[1], across, self.edges)
         places = list(itertools.product(rows, columns))
         if is_traced((self, x)):
             tiles = self._mapped(x, places)
@@ -181,10 +177,13 @@ def tiled(
     **Raises:** `ValueError` for a size or overlap that leaves no tile, and, when called, for a
     tile that is no multiple of what `fn` compresses by.
     """
-    return Tiled(fn, tuple(size), tuple(overlap), edges, progress)
+    (height, width), (down, across) = size, overlap
+    return Tiled(fn, (height, width), (down, across), edges, progress)
 
 
-def spans(side: int, size: int, overlap: int | float, factor: _Factor, edges: str) -> tuple[Span, ...]:
+def spans(
+    side: int, size: int, overlap: int | float, factor: _Factor, edges: str
+) -> tuple[Span, ...]:
     """The tiles along an axis of `side` input cells."""
     down = factor.down
     # 30 * (1 - 0.9) is a little below 3.

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree, Shaped
 
 from ._config import frame_batches
@@ -137,7 +138,7 @@ def jitted_step(step_and_frames: tuple[Step, PyTree[Array]], cache: Cache) -> tu
 
 def is_traced(tree: PyTree) -> bool:
     """Whether any array of `tree` stands for one that is not there yet."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def join(pieces: list[PyTree[Array]], axis: int) -> PyTree[Array]:

@@ -7,8 +7,7 @@ import pytest
 import safetensors.numpy
 
 import eqx_cogvae as cv
-from eqx_cogvae import __main__ as cli
-from eqx_cogvae import _latents, video
+from eqx_cogvae import __main__ as cli, _latents, video
 
 CONFIG = cv.Config(
     block_out_channels=(4, 4, 4, 8),

@@ -159,7 +159,7 @@ def test_large_float64_latents_are_finite():
 
 
 def test_save_refuses(tmp_path):
-    with pytest.raises(ValueError, match="floating, of shape .* got int64"):
+    with pytest.raises(ValueError, match=r"floating, of shape .* got int64"):
         check_latents(np.zeros((1, 1, 2, 2, 4), int))
     with pytest.raises(ValueError, match=r"got float64 of shape \(2, 2, 4\)"):
         check_latents(np.zeros((2, 2, 4)))

@@ -66,7 +66,7 @@ def test_a_causal_convolution_sees_no_later_frame():
 
 
 def test_unknown_pad_mode():
-    with pytest.raises(ValueError, match="`pad_mode` must be one of first.*got 'mirror'"):
+    with pytest.raises(ValueError, match=r"`pad_mode` must be one of first.*got 'mirror'"):
         _layers.CausalConv3d(3, 4, pad_mode="mirror", key=KEY)
 
 

@@ -66,7 +66,7 @@ def test_an_even_count_of_single_frames_says_its_length():
     single = lambda: (x[:, i] for i in range(8))  # noqa: E731
     due = cv.framewise(counting, 2)(x)
     np.testing.assert_array_equal(joined(cv.streamed(counting, 2)(single(), length=8)), due)
-    with pytest.raises(ValueError, match="stopped at frame 7.*1 frames are left.*`length=`"):
+    with pytest.raises(ValueError, match=r"stopped at frame 7.*1 frames are left.*`length=`"):
         joined(cv.streamed(counting, 2)(single()))
 
 
@@ -125,7 +125,7 @@ def test_a_stream_that_fails_has_given_what_it_finished():
         raise OSError("the disk is gone")
 
     stream, done = cv.streamed(counting, 2)(feed()), []
-    with pytest.raises(RuntimeError, match="stopped at frame 5.*the disk is gone") as caught:
+    with pytest.raises(RuntimeError, match=r"stopped at frame 5.*the disk is gone") as caught:
         done.extend(np.asarray(piece) for piece in stream)
     assert isinstance(caught.value.__cause__, OSError)
     np.testing.assert_array_equal(np.concatenate(done, 1)[0, :, 0, 0, 0], [0, 1, 3, 6, 10])
