@@ -19,8 +19,10 @@ help:
 demo: .venv/.demo
 	$(BIN)/python -m eqx_cogvae reconstruct $(ARGS)
 
+# LLVM's last passes cost half of the suite's time; `make test-full` runs with them.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=1
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-full: .venv/.test
 	$(BIN)/python -m pytest -m full $(ARGS)

@@ -7,6 +7,7 @@ arrays; every variant computes the same numbers, in another order of summation.
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -17,9 +18,32 @@ VARIANTS = ("cpu", "default")
 
 
 def _per_platform(cpu: Callable, default: Callable, *args: Array, variant: str | None) -> Array:
-    if variant is None:
+    """Calls the one for the platform that the program is compiled for.
+
+    Derivatives are chosen anew in the backward pass. Left to JAX, the choice would come there
+    as a value from the forward pass, and XLA would keep both branches: ten times as slow. The
+    price is forward-mode differentiation.
+    """
+    if variant is not None:
+        return {"cpu": cpu, "default": default}[variant](*args)
+
+    def pullback(fn: Callable) -> Callable:
+        return lambda cotangent, *args: jax.vjp(fn, *args)[1](cotangent)
+
+    @jax.custom_vjp
+    def chosen(*args):
         return lax.platform_dependent(*args, cpu=cpu, default=default)
-    return {"cpu": cpu, "default": default}[variant](*args)
+
+    def forward(*args):
+        return chosen(*args), args
+
+    def backward(args, cotangent):
+        return lax.platform_dependent(
+            cotangent, *args, cpu=pullback(cpu), default=pullback(default)
+        )
+
+    chosen.defvjp(forward, backward)
+    return chosen(*args)
 
 
 def causal_conv(
@@ -147,8 +171,11 @@ def _biased(y: Array, bias: Array) -> Array:
 def _conv2d(x: Array, kernel: Array, stride: tuple[int, int], pads: list) -> Array:
     b, t, *_ = x.shape
     frames = x.reshape(b * t, *x.shape[2:])
+    # Padded by hand: with padding of its own the gradient by the kernel leaves the fast path of
+    # XLA's CPU backend for some shapes, and takes thirty times as long.
+    frames = jnp.pad(frames, [(0, 0), *pads, (0, 0)])
     y = lax.conv_general_dilated(
-        frames, kernel, stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        frames, kernel, stride, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return y.reshape(b, t, *y.shape[1:])
 

@@ -90,10 +90,10 @@ class GroupNorm(eqx.Module):
         self.groups = groups
         self.eps = eps
 
-    @named_scope("eqx_cogvae.GroupNorm")
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         return self.at_least_float32(x).astype(x.dtype)
 
+    @named_scope("eqx_cogvae.GroupNorm")
     def at_least_float32(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         """The result before it is rounded to the dtype of `x`."""
         grouped = at_least_float32(x).reshape(*x.shape[:4], self.groups, -1)
@@ -121,14 +121,20 @@ class SpatialNorm(eqx.Module):
         self.conv_y = CausalConv3d(latents, channels, 1, key=ykey, dtype=dtype)
         self.conv_b = CausalConv3d(latents, channels, 1, key=bkey, dtype=dtype)
 
-    @named_scope("eqx_cogvae.SpatialNorm")
     def __call__(
         self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]
     ) -> Float[Array, "b t h w c"]:
+        return self.at_least_float32(x, latents).astype(x.dtype)
+
+    @named_scope("eqx_cogvae.SpatialNorm")
+    def at_least_float32(
+        self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]
+    ) -> Float[Array, "b t h w c"]:
+        """The result before it is rounded to the dtype of `x`."""
         y = self.norm_layer.at_least_float32(x)
         scale = _nearest(self.conv_y(latents)[0], x.shape[1:4]).astype(y.dtype)
         shift = _nearest(self.conv_b(latents)[0], x.shape[1:4]).astype(y.dtype)
-        return (y * scale + shift).astype(x.dtype)
+        return y * scale + shift
 
 
 class ResnetCache(NamedTuple):
@@ -182,9 +188,9 @@ class ResnetBlock(eqx.Module):
     ) -> tuple[Float[Array, "b t h w o"], ResnetCache]:
         act = _ACTIVATIONS[self.act_fn]
         cache1, cache2 = cache or ResnetCache()
-        y = act(_normalise(self.norm1, x, latents))
+        y = normalised(self.norm1, x, act, latents)
         y, cache1 = self.conv1(y, cache1)
-        y = act(_normalise(self.norm2, y, latents))
+        y = normalised(self.norm2, y, act, latents)
         y, cache2 = self.conv2(y, cache2)
         if self.conv_shortcut is not None:
             x = pointwise_conv(x, self.conv_shortcut.weight, self.conv_shortcut.bias)
@@ -253,12 +259,18 @@ def _norm(channels: int, groups: int, eps: float, latents: int | None, *, key: K
     return SpatialNorm(channels, latents, groups, key=key, dtype=dtype)
 
 
-def _normalise(norm: GroupNorm | SpatialNorm, x: Array, latents: Array | None) -> Array:
+def normalised(
+    norm: GroupNorm | SpatialNorm,
+    x: Float[Array, "b t h w c"],
+    act: Callable[[Array], Array],
+    latents: Float[Array, "b t2 h2 w2 z"] | None = None,
+) -> Float[Array, "b t h w c"]:
+    """The norm, then the activation, rounded to the dtype of `x` once."""
     if isinstance(norm, GroupNorm):
-        return norm(x)
+        return act(norm.at_least_float32(x)).astype(x.dtype)
     if latents is None:
         raise ValueError("a resnet block with spatial norms needs `latents=`.")
-    return norm(x, latents)
+    return act(norm.at_least_float32(x, latents)).astype(x.dtype)
 
 
 def _channels(c: Array) -> Array:
@@ -294,4 +306,5 @@ __all__ = [
     "ResnetCache",
     "SpatialNorm",
     "Upsample",
+    "normalised",
 ]

@@ -159,8 +159,12 @@ class _Source:
     def batches(self) -> Iterator[Any]:
         if not self._fill(1):
             raise ValueError("expected a frame or more, got none.")
-        length = self._waiting[0].shape[1] + self._size if self.length is None else self.length
-        yield self._take(self._first(length))
+        if self.length is None and not self._resumed:
+            # A clip that ends before its first batch is full is that batch.
+            first = self._size + self._waiting[0].shape[1] % self._size
+            yield self._take(min(first, self._fill(first)))
+        else:
+            yield self._take(self._first(self.length or self._size))
         while self._fill(1):
             yield self._take(self._size)
 

@@ -134,7 +134,9 @@ def test_latents_of_others(vae, tmp_path, capsys):
     )
     assert run("decode", "z.safetensors", "a.npy") == 0
     np.testing.assert_allclose(np.load("a.npy"), due, rtol=1e-5, atol=1e-5)
-    scaled = _latents.Latents(np.asarray(vae.scale_latents(z)), scaled=True, fingerprint="0" * 12)
+    scaled = _latents.Latents(
+        np.asarray(vae.scale_latents(jnp.asarray(z))), scaled=True, fingerprint="0" * 12
+    )
     _latents.save_latents("s.safetensors", scaled)
     capsys.readouterr()
     assert run("decode", "s.safetensors", "b.npy") == 0

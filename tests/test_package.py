@@ -17,7 +17,7 @@ from eqx_cogvae import video
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("av", "diffusers", "huggingface_hub", "optax", "torch", "tqdm")
 # Repeats of each import: the median is then steady beside other work on the machine.
-REPEATS = 7
+REPEATS = 5
 
 
 def python(code):

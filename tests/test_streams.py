@@ -70,6 +70,13 @@ def test_an_even_count_of_single_frames_says_its_length():
         joined(cv.streamed(counting, 2)(single()))
 
 
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_short_clips_of_unknown_length(frames):
+    x = normal((1, frames, 1, 1, 1))
+    got = joined(cv.streamed(counting, 4)(x[:, i] for i in range(frames)))
+    np.testing.assert_array_equal(got, cv.framewise(counting, 4)(x))
+
+
 @pytest.mark.parametrize("batches", [1, 2, 3])
 def test_a_saved_cache_resumes_bit_for_bit(batches, vae, tmp_path):
     latents = normal((1, 9, 4, 4, 3))
