@@ -15,7 +15,9 @@ import eqx_cogvae as cv
 def reference(config, seed=0):
     """A diffusers model with random weights; norms too, which torch starts at one and zero."""
     fields = config.to_dict()
-    model = diffusers.AutoencoderKLCogVideoX(**fields).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = diffusers.AutoencoderKLCogVideoX(**fields).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -146,24 +146,34 @@ def test_gradients_agree(small_pair):
             assert distance(g, d) < 1e-4
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_bfloat16_is_as_near_as_diffusers(seed, small_config, tmp_path):
-    """Both from weights that bfloat16 holds, against float32."""
-    model = reference(small_config, seed).to(torch.bfloat16).float()
-    truth, _ = pair(small_config, tmp_path, model=model)
-    ours = cv.from_pretrained(tmp_path, dtype=jnp.bfloat16)
+def test_bfloat16_is_as_near_as_diffusers(small_config, tmp_path):
+    """Both from weights that bfloat16 holds, against float32, over draws of the rounding."""
+    errors = [bfloat16_errors(small_config, tmp_path / str(seed), seed) for seed in range(4)]
+    ours_mean, their_mean, ours_video, their_video = np.sqrt(np.mean(np.square(errors), axis=0))
+    assert ours_mean <= their_mean
+    assert ours_video <= their_video
+
+
+def bfloat16_errors(config, path, seed):
+    model = reference(config, seed).to(torch.bfloat16).float()
+    truth, _ = pair(config, path, model=model)
+    ours = cv.from_pretrained(path, dtype=jnp.bfloat16)
     theirs = model.to(torch.bfloat16)
-    video = normal((1, 17, 32, 40, 3), seed).astype(jnp.bfloat16).astype(jnp.float32)
-    mean = truth.encode(video).mean.astype(jnp.bfloat16).astype(jnp.float32)
+    video = normal((1, 17, 32, 40, 3), seed, jnp.bfloat16)
+    mean = truth.encode(video.astype(jnp.float32)).mean
+    latents = mean.astype(jnp.bfloat16)
     with torch.no_grad():
-        their_mean = theirs.encode(to_torch(video).bfloat16()).latent_dist.mean
-        their_video = theirs.decode(to_torch(mean).bfloat16()).sample
-    due_mean, due_video = truth.encode(video).mean, truth.decode(mean)
-    our_mean = ours.encode(video.astype(jnp.bfloat16)).mean
-    our_video = ours.decode(mean.astype(jnp.bfloat16))
+        encoded = theirs.encode(to_torch(video.astype(jnp.float32)).bfloat16()).latent_dist.mean
+        decoded = theirs.decode(to_torch(latents.astype(jnp.float32)).bfloat16()).sample
+    our_mean, our_video = ours.encode(video).mean, ours.decode(latents)
     assert our_mean.dtype == our_video.dtype == jnp.bfloat16
-    assert distance(our_mean, due_mean) <= distance(from_torch(their_mean), due_mean)
-    assert distance(our_video, due_video) <= distance(from_torch(their_video), due_video)
+    due = truth.decode(latents.astype(jnp.float32))
+    return (
+        distance(our_mean, mean),
+        distance(from_torch(encoded), mean),
+        distance(our_video, due),
+        distance(from_torch(decoded), due),
+    )
 
 
 def test_replicate_padding_agrees(small_config, tmp_path):
