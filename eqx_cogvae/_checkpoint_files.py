@@ -12,7 +12,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD = re.compile(r"diffusion_pytorch_model-\d{5}-of-\d{5}\.safetensors")
 
-_EMBEDDED = Path(__file__).parent / "weights"
+_EMBEDDED = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _VARIANTS = (
     re.compile(r"diffusion_pytorch_model\.((?!.*-\d{5}-of-\d{5}\.)[^.]+)\.safetensors"),
