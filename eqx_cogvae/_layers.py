@@ -73,7 +73,7 @@ class CausalConv3d(eqx.Module):
             return causal_conv(x, kernel, bias, cache)
         kt, kh, kw = kernel.shape[:3]
         pads = [(0, 0), (kt - 1, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)]
-        return valid_conv(jnp.pad(x, pads, mode="edge"), kernel, bias, [(0, 0)] * 2), None
+        return valid_conv(jnp.pad(x, pads, mode="edge"), kernel, bias, ((0, 0), (0, 0))), None
 
 
 class GroupNorm(eqx.Module):
@@ -216,7 +216,7 @@ class Downsample(eqx.Module):
             first, rest = _split_first(x)
             pairs = at_least_float32(rest).reshape(x.shape[0], -1, 2, *x.shape[2:])
             x = jnp.concatenate([first, jnp.mean(pairs, axis=2).astype(x.dtype)], axis=1)
-        far = [(0, 1), (0, 1)]
+        far = ((0, 1), (0, 1))
         return frame_conv(x, self.conv.weight, self.conv.bias, stride=2, pads=far)
 
 
