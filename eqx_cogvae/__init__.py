@@ -13,7 +13,9 @@ from ._checkpoint import (
     save_pretrained as save_pretrained,
 )
 from ._config import Config as Config
+from ._plan import Plan as Plan, plan as plan
 from ._posterior import DiagonalGaussian as DiagonalGaussian
+from ._sharding import best_mesh as best_mesh, sharded as sharded
 from ._streams import as_uint8 as as_uint8, streamed as streamed
 from ._tiles import blend as blend, tiled as tiled
 from ._transforms import framewise as framewise, sliced as sliced

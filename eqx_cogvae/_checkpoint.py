@@ -219,10 +219,15 @@ def _skeleton(config: Config) -> VAE:
     return eqx.filter_eval_shape(lambda: VAE(config, key=jax.random.key(0)))
 
 
+def tensor_names(vae: VAE) -> VAE:
+    """The same tree with the tensors' names in diffusers for leaves."""
+    name = lambda path, leaf: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
+    return jax.tree_util.tree_map_with_path(name, vae)
+
+
 def _named(vae: VAE) -> dict[str, Any]:
     """The leaves by their names in diffusers, in the tree's order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(vae)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return dict(zip(jax.tree.leaves(tensor_names(vae)), jax.tree.leaves(vae), strict=True))
 
 
 def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -307,6 +312,11 @@ def stored_tensors(vae: VAE) -> dict[str, Stored]:
     return {name: _stored_leaf(leaf) for name, leaf in leaves.items()}
 
 
+def stored_leaves(vae: VAE) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """The leaves by diffusers' names, each with the axes of it that torch has, in torch's order."""
+    return {name: (leaf, _to_stored(leaf.ndim)) for name, leaf in _named(vae).items()}
+
+
 def _stored_leaf(leaf: Any) -> Stored:
     axes = _to_stored(leaf.ndim)
     read = lambda: np.asarray(leaf).transpose(axes)  # noqa: E731
@@ -360,4 +370,4 @@ def _original_tensors(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-__all__ = ["from_original", "from_pretrained", "save_pretrained", "stored_tensors"]
+__all__ = ["from_original", "from_pretrained", "save_pretrained", "stored_tensors", "tensor_names"]

@@ -62,7 +62,7 @@ class Span(NamedTuple):
     keep: int
 
 
-class _Factor(NamedTuple):
+class Factor(NamedTuple):
     """How `fn` changes a side: output cells = input cells * up // down."""
 
     up: int
@@ -117,7 +117,7 @@ class Tiled(Transform):
         bar.close()
         return result
 
-    def _factors(self, x: Array) -> tuple[_Factor, _Factor]:
+    def _factors(self, x: Array) -> tuple[Factor, Factor]:
         """By evaluating shapes only, at a multiple of the tile."""
         probe = [_PROBE * side for side in self.size]
         shape = (*x.shape[:_HEIGHT], *probe, *x.shape[_WIDTH + 1 :])
@@ -182,7 +182,7 @@ def tiled(
 
 
 def spans(
-    side: int, size: int, overlap: int | float, factor: _Factor, edges: str
+    side: int, size: int, overlap: int | float, factor: Factor, edges: str
 ) -> tuple[Span, ...]:
     """The tiles along an axis of `side` input cells."""
     down = factor.down
@@ -205,9 +205,9 @@ def spans(
     return tuple(map(Span, starts, stops, leads, keeps))
 
 
-def _factor(size: int, probe: int, out: int) -> _Factor:
+def _factor(size: int, probe: int, out: int) -> Factor:
     divisor = math.gcd(probe, out) or 1
-    factor = _Factor(out // divisor, probe // divisor)
+    factor = Factor(out // divisor, probe // divisor)
     if out and 1 in factor and size % factor.down == 0:
         return factor
     down = max(round(probe / max(out, 1)), 1)
@@ -251,4 +251,4 @@ def _cut(x: Array, place: tuple[Span, Span]) -> Array:
     return x[:, :, row.start : row.stop, column.start : column.stop]
 
 
-__all__ = ["Span", "blend", "spans", "tiled"]
+__all__ = ["Factor", "Span", "blend", "spans", "tiled"]

@@ -145,7 +145,7 @@ def test_local_functions_come_back_whole(size, overlap, grid, edges):
     edges=st.sampled_from(["clip", "shift"]),
 )
 def test_spans_cover_the_axis_once(side, size, overlap, up, edges):
-    for factor, unit in ((_tiles._Factor(up, 1), 1), (_tiles._Factor(1, up), up)):
+    for factor, unit in ((_tiles.Factor(up, 1), 1), (_tiles.Factor(1, up), up)):
         assume(size * (1 - overlap) >= 1)
         spans = _tiles.spans(side * unit, size * unit, overlap, factor, edges)
         assert sum(span.keep for span in spans) == factor(side * unit)

@@ -1,0 +1,447 @@
+"""The VAE as diffusers' pipelines take it: torch outside, JAX inside. `eqx_cogvae[diffusers]`.
+
+Importing this module before JAX has started sets `XLA_PYTHON_CLIENT_PREALLOCATE=false`, unless
+it is set: by default JAX takes three quarters of a GPU's memory when it starts, and torch would
+be left with the rest.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax._src.xla_bridge import backends_are_initialized
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Float, PyTree
+
+from . import _checkpoint
+from ._autoencoder import VAE
+from ._config import LATENT_BATCH, SAMPLE_BATCH
+from ._sharding import sharded
+from ._tensor_files import FLOATS
+from ._tiles import tiled
+from ._transforms import framewise, sliced
+
+try:
+    import torch
+    from diffusers.configuration_utils import FrozenDict
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
+    from diffusers.utils.accelerate_utils import apply_forward_hook
+    from torch.autograd.function import once_differentiable
+except ImportError as error:
+    raise ImportError(
+        f"the adapter needs torch and diffusers ({error}): pip install 'eqx_cogvae[diffusers]'."
+    ) from error
+
+_PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+_MESH_AXES = ("batch", "height", "width")
+_VIDEO_RANK = 5
+
+
+def _leave_memory_to_torch() -> None:
+    if _PREALLOCATE in os.environ or os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":
+        return
+    if not backends_are_initialized():
+        os.environ[_PREALLOCATE] = "false"
+    elif jax.default_backend() == "gpu":
+        warnings.warn(
+            "JAX has started, and keeps three quarters of the GPU's memory from torch: set "
+            f"{_PREALLOCATE}=false, or import eqx_cogvae.diffusers before JAX is first used.",
+            stacklevel=3,
+        )
+
+
+_leave_memory_to_torch()
+
+
+def to_jax(tree: PyTree) -> PyTree:
+    """The tensors of a PyTree as JAX arrays, bit for bit; five axes turn from BCTHW to BTHWC.
+
+    Memory is shared where torch's is laid out so: any contiguous tensor of other ranks, and
+    video in `torch.channels_last_3d`, or as `to_torch` returns it. Else torch copies once: video
+    with frames last, strided slices, and what does not begin at a multiple of 64 bytes. The
+    arrays know nothing of autograd: tensors are detached. Other leaves pass as they are.
+
+    A tensor that shares its memory must not be written to while the array is in use.
+
+    **Raises:** `ValueError` for a dtype or a device that JAX lacks.
+    """
+    return jax.tree.map(lambda x: _to_jax(x) if isinstance(x, torch.Tensor) else x, tree)
+
+
+def to_torch(tree: PyTree) -> PyTree:
+    """The JAX arrays of a PyTree as tensors, bit for bit; five axes turn from BTHWC to BCTHW.
+
+    Memory is shared, so that video is in `torch.channels_last_3d`: do not write to tensors whose
+    arrays are still in use. Copied are arrays that lie on several devices (gathered on the
+    first), and those on a device that torch lacks (brought to the host). Other leaves pass as
+    they are.
+
+    **Raises:** `ValueError` for a dtype that torch lacks.
+    """
+    return jax.tree.map(lambda x: _to_torch(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def _to_jax(x: torch.Tensor) -> Array:
+    _jax_dtype(x.dtype)
+    _jax_device(x.device)
+    x = x.detach()
+    if x.ndim == _VIDEO_RANK:
+        x = x.permute(0, 2, 3, 4, 1)
+    return jax.dlpack.from_dlpack(x.contiguous())
+
+
+def _to_torch(x: Array) -> torch.Tensor:
+    tensor = _tensor(x)
+    return tensor.permute(0, 4, 1, 2, 3) if x.ndim == _VIDEO_RANK else tensor
+
+
+def _tensor(x: Array) -> torch.Tensor:
+    """In memory that torch reaches, axes as they are."""
+    _torch_dtype(x.dtype)
+    reached = _jax_device(_torch_device(x.sharding))
+    return torch.from_dlpack(x if x.devices() == {reached} else jax.device_put(x, reached))
+
+
+def _jax_dtype(dtype: torch.dtype) -> jnp.dtype:
+    try:
+        found = jnp.dtype(str(dtype).removeprefix("torch."))
+    except TypeError as error:
+        raise ValueError(f"JAX has no {dtype}: cast the tensor, to torch.float32 say.") from error
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise ValueError(
+            f"got {dtype}, and JAX has 64 bits off: cast it to 32, or call "
+            "`jax.config.update('jax_enable_x64', True)` first."
+        )
+    return found
+
+
+def _torch_dtype(dtype: jnp.dtype) -> torch.dtype:
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"torch has no dtype {dtype.name}: cast the array, to float32 say.")
+    return found
+
+
+def _jax_device(device: torch.device) -> Any:
+    """Torch's device as JAX knows it."""
+    platform = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
+    try:
+        devices = jax.local_devices(backend=platform) if platform else []
+    except RuntimeError:
+        devices = []
+    index = 0 if device.type == "cpu" else device.index
+    for found in devices:
+        if found.local_hardware_id == index:
+            return found
+    raise ValueError(
+        f"JAX cannot reach torch's device {device}, it has {', '.join(map(str, jax.devices()))}: "
+        "stay on one of those, or install JAX for this device."
+    )
+
+
+def _torch_device(sharding: Sharding) -> torch.device:
+    """Where torch meets an array: on its first device, or on the host where torch lacks that."""
+    first = min(sharding.addressable_devices, key=lambda device: device.id)
+    if first.platform == "gpu" and torch.cuda.is_available():
+        return torch.device("cuda", first.local_hardware_id)
+    return torch.device("cpu")
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    # The CPU is "cpu" and "cpu:0".
+    return one == other or one.type == other.type == "cpu"
+
+
+class _Call(torch.autograd.Function):
+    """A function of one array, to torch; `again` is the same one as its backward runs it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fn: Callable, again: Callable, where: Sharding):  # pyright: ignore
+        ctx.save_for_backward(x)
+        ctx.again, ctx.where = again, where
+        return to_torch(fn(jax.device_put(to_jax(x), where)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: torch.Tensor):  # pyright: ignore
+        arrays = jax.device_put(to_jax((*ctx.saved_tensors, cotangent)), ctx.where)
+        return to_torch(_pullback(ctx.again, *arrays)), None, None, None
+
+
+@eqx.filter_jit
+def _pullback(fn: Callable, x: Array, cotangent: Array) -> Array:
+    return jax.vjp(fn, x)[1](cotangent)[0]
+
+
+class EqxAutoencoderKLCogVideoX(torch.nn.Module):
+    """Stands in for diffusers' `AutoencoderKLCogVideoX`, in pipelines and in scripts.
+
+    !!! Example
+
+        ```python
+        vae = EqxAutoencoderKLCogVideoX.from_pretrained(
+            "zai-org/CogVideoX-5b", torch_dtype=torch.bfloat16
+        )
+        pipe = CogVideoXPipeline.from_pretrained("zai-org/CogVideoX-5b", vae=vae)
+        ```
+
+    Methods and attributes are diffusers', and so are the numbers; frames, tiles and slices go
+    through `framewise`, `tiled` and `sliced`, as the attributes say at each call. Two things
+    differ: an overlap of 0.0 is honoured, and the result has the right size for any tile.
+
+    The one copy of the weights is JAX's, in `vae`. It is no torch parameter: gradients flow
+    through `encode` and `decode` to their input, and to no weight. The backward pass computes
+    the forward pass anew, so that nothing but the input is kept for it. `state_dict` has views
+    of the weights, not to be written to. `to` casts them, and moves them to any device that JAX
+    reaches.
+
+    With a `mesh` each call runs `sharded` on its devices, its axes named after what they cut,
+    "batch", "height" and "width", as `best_mesh` names them. Pipelines encode one clip at a
+    time, which no batch axis divides. Weights stay on their mesh.
+
+    To pipelines an instance is of diffusers' class, which they write into `model_index.json`:
+    what they save loads without this package. `from_pipe` needs `vae=pipe.vae`.
+    """
+
+    def __init__(self, vae: VAE, *, mesh: Mesh | None = None):
+        super().__init__()
+        if mesh is not None:
+            vae = jax.device_put(vae, NamedSharding(mesh, PartitionSpec()))
+        self.vae, self.mesh = vae, mesh
+        fields = vae.config.to_dict()
+        self.config = FrozenDict(_class_name=AutoencoderKLCogVideoX.__name__, **fields)
+        self.gradient_checkpointing = self.use_slicing = self.use_tiling = False
+        self.num_sample_frames_batch_size = SAMPLE_BATCH
+        self.num_latent_frames_batch_size = LATENT_BATCH
+        size = (vae.config.sample_height // 2, vae.config.sample_width // 2)
+        self._set_tiles(size, (1 / 6, 1 / 5))
+        # From this and `__class__` pipelines read what to write into their index.
+        self.__module__ = AutoencoderKLCogVideoX.__module__
+        # Offloading asks the first parameter where the module is; `to` moves it along.
+        anchor = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._anchor = torch.nn.Parameter(anchor, requires_grad=False)
+
+    @property
+    def __class__(self):  # pyright: ignore
+        return AutoencoderKLCogVideoX
+
+    def _get_name(self) -> str:
+        return type(self).__name__
+
+    def __reduce__(self):
+        return _blank, (), self.__dict__
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        mesh: Mesh | None = None,
+        **where: Any,
+    ) -> "EqxAutoencoderKLCogVideoX":
+        """Loads a checkpoint in diffusers' layout, of the VAE or of a whole pipeline.
+
+        `where` are the other arguments of `eqx_cogvae.from_pretrained`: `subfolder`, `revision`,
+        `token`, `cache_dir`, `local_files_only`.
+
+        **Raises:** as `eqx_cogvae.from_pretrained`.
+        """
+        dtype = _weights_dtype(torch_dtype)
+        vae = _checkpoint.from_pretrained(name_or_path, dtype=dtype, mesh=mesh, **where)
+        return cls(vae, mesh=mesh)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes a directory that diffusers' own class loads."""
+        _checkpoint.save_pretrained(self.vae, path)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and results."""
+        return _torch_dtype(self.vae.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are taken from and given back: the weights', or the CPU beside a TPU."""
+        return _torch_device(self._where)
+
+    @property
+    def _where(self) -> Sharding:
+        return self.vae.decoder.conv_in.conv.weight.sharding
+
+    @apply_forward_hook
+    def encode(
+        self, x: Float[torch.Tensor, "b c t h w"], return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """The posterior of a batch of clips.
+
+        **Raises:** `ValueError` for a wrong rank, channel count, dtype or device.
+        """
+        _check_rank(x, self.vae.config.in_channels)
+        tile = (self.tile_sample_min_height, self.tile_sample_min_width)
+        moments = self._call(x, self.vae.encode_step, self.num_sample_frames_batch_size, tile)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: Float[torch.Tensor, "b c t h w"], return_dict: bool = True
+    ) -> DecoderOutput | tuple[Float[torch.Tensor, "b c2 t2 h2 w2"]]:
+        """The clips of a batch of latents; not clipped.
+
+        **Raises:** `ValueError` for a wrong rank, channel count, dtype or device.
+        """
+        _check_rank(z, self.vae.config.latent_channels)
+        tile = (self.tile_latent_min_height, self.tile_latent_min_width)
+        sample = self._call(z, self.vae.decode_step, self.num_latent_frames_batch_size, tile)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Float[torch.Tensor, "b c t h w"],
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Float[torch.Tensor, "b c2 t2 h2 w2"]]:
+        """Encodes and decodes: of the mode, or of a sample drawn with `generator`."""
+        (posterior,) = self.encode(sample, return_dict=False)
+        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def _call(
+        self, x: torch.Tensor, step: Callable, frames: int, tile: tuple[int, int]
+    ) -> torch.Tensor:
+        if not _same(x.device, self.device):
+            raise ValueError(
+                f"got a tensor on {x.device}, and the weights are on {self.device}: "
+                f"move one of them with `.to({str(x.device)!r})` or `.to({str(self.device)!r})`."
+            )
+        return _Call.apply(x, *self._functions(step, frames, tile), self._where)  # pyright: ignore
+
+    def _functions(self, step: Callable, frames: int, tile: tuple[int, int]) -> list[Callable]:
+        """What a call runs, and what the backward pass runs of it."""
+        again = eqx.filter_checkpoint(step) if self.gradient_checkpointing else step
+        return [self._composed(each, frames, tile) for each in (step, again)]
+
+    def _composed(self, step: Callable, frames: int, tile: tuple[int, int]) -> Callable:
+        fn = framewise(step, frames)
+        if self.mesh is not None:
+            axes = {name: name for name in _MESH_AXES if name in self.mesh.axis_names}
+            fn = sharded(fn, self.mesh, **axes)
+        if self.use_tiling:
+            overlap = (self.tile_overlap_factor_height, self.tile_overlap_factor_width)
+            fn = tiled(fn, tile, overlap)
+        return sliced(fn) if self.use_slicing else fn
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_overlap_factor_height: float | None = None,
+        tile_overlap_factor_width: float | None = None,
+    ) -> None:
+        """Encodes and decodes by tiles what is larger than one; None keeps what there is.
+
+        **Raises:** `ValueError` for a tile that is no multiple of a latent cell, and an overlap
+        that is not in [0, 1) or leaves no step to the next tile.
+        """
+        size = (
+            _or(tile_sample_min_height, self.tile_sample_min_height),
+            _or(tile_sample_min_width, self.tile_sample_min_width),
+        )
+        overlap = (
+            _or(tile_overlap_factor_height, self.tile_overlap_factor_height),
+            _or(tile_overlap_factor_width, self.tile_overlap_factor_width),
+        )
+        _check_tiles(size, overlap, self.vae.config.spatial_compression)
+        self._set_tiles(size, overlap)
+        self.use_tiling = True
+
+    def _set_tiles(self, size: tuple[int, int], overlap: tuple[float, float]) -> None:
+        cell = self.vae.config.spatial_compression
+        self.tile_sample_min_height, self.tile_sample_min_width = size
+        self.tile_latent_min_height, self.tile_latent_min_width = (side // cell for side in size)
+        self.tile_overlap_factor_height, self.tile_overlap_factor_width = overlap
+
+    def disable_tiling(self) -> None:
+        """Encodes and decodes whole frames."""
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Encodes and decodes one clip of the batch at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encodes and decodes all clips of the batch at once."""
+        self.use_slicing = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """The backward pass keeps the caches of a frame batch, and computes the rest anew."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """The backward pass keeps all activations."""
+        self.gradient_checkpointing = False
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "EqxAutoencoderKLCogVideoX":
+        # Here all of torch's conversions come by: `to`, `half`, `cuda` and their like.
+        anchor = fn(self._anchor.detach())
+        vae, dtype = self.vae, _weights_dtype(anchor.dtype)
+        if not _same(anchor.device, self.device):
+            if self.mesh is not None:
+                raise ValueError("the weights are on a mesh and stay there: give another `mesh=`.")
+            vae = jax.device_put(vae, _jax_device(anchor.device))
+        self.vae = jax.tree.map(lambda leaf: leaf.astype(dtype), vae)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        for name, (leaf, axes) in _checkpoint.stored_leaves(self.vae).items():
+            destination[prefix + name] = _tensor(leaf).permute(axes)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """**Raises:** `NotImplementedError`: the weights are JAX's."""
+        raise NotImplementedError(
+            "the adapter's weights are not torch's: make another one, by `from_pretrained` or "
+            "of an `eqx_cogvae.VAE`."
+        )
+
+
+def _blank() -> EqxAutoencoderKLCogVideoX:
+    return EqxAutoencoderKLCogVideoX.__new__(EqxAutoencoderKLCogVideoX)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _check_rank(x: torch.Tensor, channels: int) -> None:
+    if x.ndim != _VIDEO_RANK or x.shape[1] != channels:
+        raise ValueError(
+            f"expected a tensor (batch, {channels} channels, frames, height, width), got shape "
+            f"{tuple(x.shape)}."
+        )
+
+
+def _weights_dtype(dtype: torch.dtype) -> jnp.dtype:
+    found = _jax_dtype(dtype)
+    if found.name not in FLOATS:
+        raise ValueError(f"weights are of {', '.join(FLOATS)}, got {dtype}.")
+    return found
+
+
+def _check_tiles(
+    size: tuple[int, int], overlap: tuple[int | float, int | float], cell: int
+) -> None:
+    """Has `tiled` cut frames of two tiles, row by row and column by column, for what it raises."""
+    fn = tiled(lambda x: x[:, :, ::cell, ::cell], size, overlap)
+    for height, width in ((2 * size[0], size[1]), (size[0], 2 * size[1])):
+        eqx.filter_eval_shape(fn, jax.ShapeDtypeStruct((1, 1, height, width, 1), jnp.float32))
+
+
+__all__ = ["EqxAutoencoderKLCogVideoX", "to_jax", "to_torch"]

@@ -1,0 +1,241 @@
+"""sharded and best_mesh where JAX has eight devices; `test_sharding.py` runs this file."""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from reference import distance, normal
+
+import eqx_cogvae as cv
+from eqx_cogvae import _convolution
+
+CONFIG = cv.Config(
+    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
+)
+CELL = CONFIG.spatial_compression
+# How many devices cut batch, height and width.
+MESHES = {
+    "2x1": (1, 2, 1),
+    "2x2": (1, 2, 2),
+    "1x4": (1, 1, 4),
+    "8": (1, 8, 1),
+    "2 of 2x2": (2, 2, 2),
+}
+# Batch, height and width of latents that all of them divide, down to two rows a device.
+LATENTS = (2, 16, 12)
+AXES = {"batch": "batch", "height": "height", "width": "width"}
+
+
+def mesh_of(sizes):
+    count = int(np.prod(sizes))
+    return Mesh(np.array(jax.devices()[:count]).reshape(sizes), tuple(AXES))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return cv.VAE(CONFIG, key=jax.random.key(0))
+
+
+def clip(what, latents, frames, seed=0):
+    """Latents to decode, or video to encode, of so many frames."""
+    batch, height, width = latents
+    if what == "decode":
+        return normal((batch, frames, height, width, CONFIG.latent_channels), seed)
+    return normal((batch, frames, height * CELL, width * CELL, CONFIG.in_channels), seed)
+
+
+def gathered(program):
+    """The sizes of what a compiled program gathers or moves from all devices to all."""
+    pattern = r"= \(?\w+\[([\d,]*)\][^=]*? (?:all-gather|all-to-all)(?:-start)?\("
+    return re.findall(pattern, program.compiled.as_text())
+
+
+def check(program, args, due):
+    assert gathered(program) == []
+    got = program(*args)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(due), strict=True):
+        assert distance(ours, theirs) < 1e-5
+    return got
+
+
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(("what", "frames"), [("decode", (3, 2)), ("encode", (9, 8))])
+def test_steps_are_exact_and_gather_nothing(name, what, frames, vae):
+    """First batch and steady one, results and caches."""
+    step = getattr(vae, f"{what}_step")
+    cut = cv.sharded(step, mesh_of(MESHES[name]), **AXES)
+    first, steady = (clip(what, LATENTS, count, count) for count in frames)
+    spec = PartitionSpec("batch", None, "height", "width", None)
+
+    on_mesh = cut._placed(first)
+    program = eqx.filter_jit(cut).lower(on_mesh).compile()
+    due, past = step(first)
+    result, cache = check(program, (on_mesh,), (due, past))
+    assert result.sharding.is_equivalent_to(NamedSharding(cut.mesh, spec), result.ndim)
+
+    on_mesh = cut._placed((steady, cache))
+    program = eqx.filter_jit(cut).lower(*on_mesh).compile()
+    check(program, on_mesh, step(steady, past))
+
+
+def test_a_gather_would_be_seen():
+    mesh = mesh_of((1, 2, 1))
+    rows = jax.device_put(jnp.ones(4), NamedSharding(mesh, PartitionSpec("height")))
+    whole = NamedSharding(mesh, PartitionSpec())
+    program = eqx.filter_jit(lambda x: jax.lax.with_sharding_constraint(x + 1, whole)).lower(rows)
+    assert gathered(program.compile()) == ["4"]
+
+
+@pytest.mark.parametrize("name", ["2x2", "8"])
+def test_what_a_device_holds_falls_with_their_number(name, vae):
+    mesh, latents = mesh_of(MESHES[name]), clip("decode", (1, 32, 32), 3)
+
+    def temporaries(step):
+        compiled = eqx.filter_jit(step).lower(latents).compile().compiled
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    share = temporaries(cv.sharded(vae.decode_step, mesh, **AXES)) / temporaries(vae.decode_step)
+    # Each part has the rows and columns of its neighbours besides its own.
+    assert share < 1.3 / mesh.size
+
+
+def test_whole_clips(vae):
+    mesh, latents = mesh_of((1, 2, 2)), clip("decode", (1, 4, 6), 7)
+    due = vae.decode(latents)
+    fn = cv.sharded(cv.framewise(vae.decode_step, 2), mesh, **AXES)
+    for each in (fn, eqx.filter_jit(fn), cv.sharded(vae.decode, mesh, **AXES)):
+        got = each(latents)
+        assert distance(got, due) < 1e-5
+        assert len({str(shard.index) for shard in got.addressable_shards}) == mesh.size
+    video = clip("encode", (1, 4, 6), 17)
+    posterior = cv.sharded(vae.encode, mesh, **AXES)(video)
+    assert distance(posterior.mean, vae.encode(video).mean) < 1e-5
+
+
+def test_other_transforms_around_it(vae):
+    mesh, latents = mesh_of((1, 2, 2)), clip("decode", (2, 4, 8), 3)
+    whole = cv.framewise(vae.decode_step, 2)
+    cut = cv.sharded(whole, mesh, height="height", width="width")
+    step = cv.sharded(vae.decode_step, mesh, height="height", width="width")
+    pairs = [
+        (cv.sliced(cv.tiled(cut, (4, 4), (0, 0))), cv.tiled(whole, (4, 4), (0, 0))),
+        (cv.framewise(step, 2), whole),
+    ]
+    for ours, plain in pairs:
+        assert distance(ours(latents), plain(latents)) < 1e-5
+
+
+def test_gradients(vae):
+    mesh, latents = mesh_of((1, 2, 2)), clip("decode", (1, 4, 6), 3)
+
+    @eqx.filter_jit
+    def gradients(fn, latents):
+        return jax.grad(lambda z: jnp.sum(fn(z) ** 2))(latents)
+
+    whole = cv.framewise(vae.decode_step, 2)
+    cut = cv.sharded(whole, mesh, **AXES)
+    assert distance(gradients(cut, latents), gradients(whole, latents)) < 1e-5
+
+
+def test_other_platforms_lowering(vae, monkeypatch):
+    """What GPU and TPU run: convolutions in three dimensions, which XLA pads by itself."""
+    monkeypatch.setattr(
+        _convolution, "_per_platform", lambda cpu, default, *args, variant: default(*args)
+    )
+    mesh, latents = mesh_of((2, 2, 2)), clip("decode", (2, 4, 6), 3)
+    # Not the step, which may have been traced before.
+    cut = cv.sharded(vae.decoder, mesh, **AXES)
+    program = eqx.filter_jit(cut).lower(cut._placed(latents)).compile()
+    check(program, (cut._placed(latents),), vae.decode_step(latents))
+
+
+def test_weights_are_copied_once(vae):
+    cut = cv.sharded(vae.decode_step, mesh_of((1, 2, 1)), height="height")
+    again = cv.sharded(cut.fn, mesh_of((1, 2, 1)), height="height")
+    arrays = [jax.tree.leaves(eqx.filter(fn, eqx.is_array)) for fn in (cut, again)]
+    for first, second in zip(*arrays, strict=True):
+        copies = [[part.data for part in leaf.addressable_shards] for leaf in (first, second)]
+        pointers = [[copy.unsafe_buffer_pointer() for copy in each] for each in copies]
+        assert len(set(pointers[0])) == 2 and pointers[0] == pointers[1]
+
+
+def test_explicit_axes(vae):
+    latents = clip("decode", (1, 4, 6), 3)
+    mesh = jax.make_mesh((8, 1), ("a", "b"), (AxisType.Explicit,) * 2)
+    mesh = Mesh(mesh.devices.reshape(4, 2), ("a", "b"), (AxisType.Explicit,) * 2)
+    cut = cv.sharded(vae.decode, mesh, height="b")
+    assert distance(cut(latents), vae.decode(latents)) < 1e-5
+
+
+ERRORS = {
+    "no axis": ({}, "decode", (1, 4, 6), r"name one axis of the mesh or more.*'batch', 'height'"),
+    "unknown": ({"height": "h"}, "decode", (1, 4, 6), r"`height` names no axis of the mesh.*'h'"),
+    "twice": ({"height": "width", "width": "width"}, "decode", (1, 4, 6), "each once, got None"),
+    "batch": (AXES, "decode", (3, 4, 6), "batch of 3 .* 2 devices .*: give a batch of 2 or 4"),
+    "height": (AXES, "decode", (2, 5, 6), "height of 5 .*at least 2: give a height of 4 or 6"),
+    # Here XLA would be wrong.
+    "one row": (AXES, "decode", (2, 2, 6), "height of 2 .*at least 2: give a height of 4 or 6"),
+    "result": (
+        {"width": "width"},
+        "encode",
+        (1, 4, 7),
+        "the result's width of 7 .*: give a width of 12 or 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_does_not_divide(name, whole, vae):
+    axes, what, latents, message = ERRORS[name]
+    step = getattr(vae, f"{what}_step")
+    with pytest.raises(ValueError, match=message):
+        cv.sharded(cv.framewise(step, 2) if whole else step, mesh_of((2, 2, 2)), **axes)(
+            clip(what, latents, 3)
+        )
+
+
+BEST = {
+    (1, 13, 60, 90, 16): (1, 4, 2),
+    (2, 13, 60, 90, 16): (2, 2, 2),
+    (8, 3, 4, 4, 16): (8, 1, 1),
+    (3, 3, 64, 64, 4): (1, 4, 2),
+    (4, 3, 5, 4, 4): (4, 1, 2),
+}
+
+
+@pytest.mark.parametrize("shape", BEST)
+def test_best_mesh(shape):
+    mesh = cv.best_mesh(shape)
+    assert mesh.axis_names == tuple(AXES)
+    assert tuple(mesh.shape.values()) == BEST[shape]
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_no_mesh():
+    with pytest.raises(ValueError, match=r"8 devices divides .*'height': 15.* of \[1, 3, 5\]"):
+        cv.best_mesh((1, 3, 15, 9, 4))
+    with pytest.raises(ValueError, match="must be of BTHWC, five axes"):
+        cv.best_mesh((3, 15, 9, 4))
+    assert cv.best_mesh((1, 3, 15, 9, 4), jax.devices()[:3]).shape["width"] == 1
+
+
+def test_the_adapter_runs_on_a_mesh(vae):
+    torch = pytest.importorskip("torch")
+    from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX
+
+    latents = torch.randn(1, 3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    results = []
+    for mesh in (None, mesh_of((1, 2, 2))):
+        z = latents.clone().requires_grad_()
+        y = EqxAutoencoderKLCogVideoX(vae, mesh=mesh).decode(z).sample
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), z)))
+    assert all(distance(got, due) < 1e-5 for got, due in zip(*results, strict=True))
+    rows = EqxAutoencoderKLCogVideoX(vae, mesh=Mesh(np.array(jax.devices()[:2]), ("height",)))
+    assert distance(rows.decode(latents).sample, results[0][0]) < 1e-5
+    with pytest.raises(ValueError, match="weights are on a mesh and stay there"):
+        rows.to("meta")

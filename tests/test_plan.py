@@ -1,0 +1,196 @@
+"""The plan against what running takes: programs, bytes of the compiled steps, arithmetic."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import distance, normal
+
+import eqx_cogvae as cv
+from eqx_cogvae import _plan
+
+CONFIG = cv.Config(
+    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
+)
+SHAPE = (2, 17, 12, 16)
+TILE = (8, 8)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return cv.VAE(CONFIG, key=jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def plan(vae):
+    return cv.plan(vae, SHAPE, memory=2**40, tile=TILE, overlap=(0.25, 0.25))
+
+
+def named(costs):
+    return {cost.name: cost for cost in costs}
+
+
+def size(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_every_way_is_there_and_decodes(vae, plan):
+    ways = ["whole", "streamed", "sliced", "tiled", "sliced tiled"]
+    assert list(named(plan.encode)) == list(named(plan.decode)) == ways
+    latents = normal((2, 9, 6, 8, 3))
+    costs = named(plan.decode)
+    due = vae.decode(latents)
+    assert distance(costs["whole"].fn(latents), due) < 1e-6
+    assert distance(costs["sliced"].fn(latents), due) < 1e-6
+    pieces = list(costs["streamed"].fn(latents))
+    np.testing.assert_array_equal(jnp.concatenate(pieces, axis=1), due)
+    tiles = cv.tiled(cv.framewise(vae.decode_step, 2), (4, 4), (0.25, 0.25))(latents)
+    assert distance(costs["tiled"].fn(latents), tiles) < 1e-6
+    assert distance(costs["sliced tiled"].fn(latents), tiles) < 1e-6
+
+
+def test_programs_are_those_that_running_compiles(vae, plan):
+    """A step is traced once for each of its programs."""
+    video, latents = normal((2, 17, 12, 16, 3)), normal((2, 9, 6, 8, 3))
+    for step, frames, x, tile, costs in (
+        (vae.encode_step, 8, video, TILE, plan.encode),
+        (vae.decode_step, 2, latents, (4, 4), plan.decode),
+    ):
+        tiled = lambda fn, tile=tile: cv.tiled(fn, tile, (0.25, 0.25))  # noqa: E731
+        for name, wrap in (
+            ("whole", lambda fn: fn),
+            ("sliced", cv.sliced),
+            ("tiled", tiled),
+            ("sliced tiled", lambda fn, tiled=tiled: cv.sliced(tiled(fn))),
+        ):
+            traced = []
+
+            def noted(x, cache, step=step, traced=traced):
+                traced.append(x.shape)
+                return step(x, cache)
+
+            wrap(cv.framewise(noted, frames))(x)
+            # Tiles first look at how a very large one is enlarged.
+            compiled = [shape for shape in traced if max(shape) <= 16]
+            assert named(costs)[name].programs == len(compiled), name
+
+
+def test_peaks_hold_what_must_be_there(vae, plan):
+    """Weights, cache, and the whole result twice over as it is joined."""
+    latents, video = 4 * 2 * 9 * 6 * 8 * 3, 4 * 2 * 17 * 12 * 16 * 3
+    _, cache = eqx.filter_eval_shape(
+        lambda z: vae.decode_step(z), jax.ShapeDtypeStruct((2, 2, 6, 8, 3), jnp.float32)
+    )
+    costs = named(plan.decode)
+    weights = size(eqx.filter(vae, eqx.is_array))
+    assert costs["whole"].peak > weights + size(cache) + latents + video
+    assert costs["streamed"].peak > weights + size(cache)
+    assert costs["streamed"].peak < costs["whole"].peak
+    assert costs["sliced"].peak < costs["whole"].peak
+    assert costs["sliced tiled"].peak < costs["tiled"].peak
+
+
+def test_peaks_follow_the_compiled_step(vae):
+    """Arguments, temporaries and outputs of the worse of both programs, by the compiler's word."""
+    params, static = eqx.partition(vae, eqx.is_array)
+    step = jax.jit(lambda p, z, c: eqx.combine(p, static).decode_step(z, c))
+    _, cache = step(params, jnp.zeros((1, 3, 8, 8, 3)), None)
+    first = step.lower(params, jnp.zeros((1, 3, 8, 8, 3)), None).compile().memory_analysis()
+    steady = step.lower(params, jnp.zeros((1, 2, 8, 8, 3)), cache).compile().memory_analysis()
+    peaks = [
+        m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
+        for m in (first, steady)
+    ]
+    result = 4 * 5 * 16 * 16 * 3
+    streamed = named(cv.plan(vae, (1, 9, 16, 16)).decode)["streamed"]
+    assert streamed.peak <= max(peaks) + result
+    assert streamed.peak > 0.6 * max(peaks)
+
+
+def test_arithmetic_grows_with_the_video(vae, plan):
+    decode = named(plan.decode)
+    assert decode["sliced"].flop == pytest.approx(decode["whole"].flop, rel=0.02)
+    # Starts at 0, 3 (and 6 along the width) of 6x8 cells: (4 + 3) x (4 + 4 + 2) cells of tiles.
+    assert decode["tiled"].flop / decode["whole"].flop == pytest.approx(70 / 48, rel=0.1)
+    longer = named(cv.plan(vae, (2, 33, 12, 16), tile=(12, 16)).decode)["whole"]
+    assert longer.flop / decode["whole"].flop == pytest.approx(33 / 17, rel=0.1)
+
+
+def test_the_cheapest_that_fits(plan):
+    assert plan.best("decode").name == "whole"
+    costs = named(plan.decode)
+    # Not the whole, which needs more, nor tiles, which compute more.
+    budget = _plan.Plan(plan.encode, plan.decode, costs["streamed"].peak)
+    assert budget.best("decode").name == "streamed"
+    tight = _plan.Plan(plan.encode, plan.decode, costs["sliced tiled"].peak)
+    assert tight.best("decode").name == "sliced tiled"
+    none = _plan.Plan(plan.encode, plan.decode, 1000)
+    with pytest.raises(ValueError, match=r"no way to decode.*sliced tiled needs the least.*`tile`"):
+        none.best("decode")
+
+
+def test_the_table(plan):
+    text = str(plan)
+    assert "decode, sliced tiled" in text
+    assert text.count("cheapest that fits") == 2
+    assert "memory: 1.02e+03 GiB" in text
+    poor = str(_plan.Plan(plan.encode, plan.decode, 1000))
+    assert poor.count("does not fit") == 10
+
+
+def test_one_small_clip_has_two_ways(vae):
+    assert [c.name for c in cv.plan(vae, (1, 1, 8, 8, 3)).encode] == ["whole", "streamed"]
+
+
+def test_a_model_without_weights(vae):
+    blank = eqx.filter_eval_shape(cv.VAE, CONFIG, key=jax.random.key(0))
+    assert cv.plan(blank, (1, 9, 8, 8)) == cv.plan(vae, (1, 9, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((9, 16, 16), {}, r"\(batch, frames, height, width\).*got \(9, 16, 16\)"),
+        ((1, 9, 1, 16), {}, "2x2 pixels or more"),
+        ((1, 9, 16, 16), {"tile": (9, 8)}, r"multiples of 2 pixels, got \(9, 8\)"),
+    ],
+)
+def test_bad_plans(shape, options, message, vae):
+    with pytest.raises(ValueError, match=message):
+        cv.plan(vae, shape, **options)
+
+
+def test_what_the_compiler_finds_no_room_for_does_not_fit(vae, monkeypatch):
+    """A device that is too small says so when its program is compiled."""
+
+    class Lowered:
+        def __init__(self, lowered):
+            self.out_info, self._lowered = lowered.out_info, lowered
+
+        def compile(self):
+            if max(self.out_info[0].shape) > 8:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 17G of 16G hbm")
+            return self._lowered.compile()
+
+    class Jitted:
+        def __init__(self, *args, **options):
+            self._jitted = jit(*args, **options)
+
+        def lower(self, *args):
+            return Lowered(self._jitted.lower(*args))
+
+    jit = jax.jit
+    monkeypatch.setattr(_plan.jax, "jit", Jitted)
+    tight = cv.plan(vae, (1, 5, 8, 12), tile=(8, 8), overlap=(0, 0.5))
+    assert named(tight.decode)["whole"].peak == float("inf")
+    assert tight.best("decode").name == "tiled"
+    assert "decode, whole            too much" in str(tight)
+
+
+def test_on_a_topology_that_is_not_there_nothing_says_how_much_there_is():
+    class Device:
+        def memory_stats(self):
+            raise NotImplementedError
+
+    assert _plan._limit(Device()) is None

@@ -1,0 +1,23 @@
+"""sharded and best_mesh, on eight simulated devices.
+
+JAX has to be told of the devices before it starts, so the cases run in a process of their own,
+and all other tests keep their one device.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CASES = Path(__file__).with_name("eight_devices.py")
+# Compiling is nearly all of the time.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+
+def test_on_eight_devices():
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-rA", "--no-header", str(CASES)]
+    environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+    root = CASES.parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
