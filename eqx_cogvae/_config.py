@@ -15,7 +15,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "cogvideox-5b": {"scaling_factor": 0.7},
     "cogvideox1.5-5b": {"scaling_factor": 0.7, "invert_scale_latents": True},
     "tiny": {
-        "block_out_channels": (16, 32, 32, 64),
+        "block_out_channels": (16, 32, 32, 56),
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "sample_height": 128,

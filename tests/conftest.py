@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
 
@@ -38,6 +39,14 @@ def getkey():
     """A fresh key at each call, the same ones in every run."""
     seeds = itertools.count()
     return lambda: jax.random.key(next(seeds))
+
+
+@pytest.fixture
+def unchecked():
+    """Without the annotations' own checks, which come first, as a user has it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -215,14 +214,6 @@ def test_reconstruction(small_pair):
     np.testing.assert_array_equal(vae(video, key=key), vae.decode(posterior.sample(key)))
 
 
-@pytest.fixture
-def unchecked():
-    """Without the annotations' own checks, which come first, as a user has it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [
@@ -242,6 +233,16 @@ def test_bad_video(shape, dtype, message, small_pair, unchecked):
 def test_pixel_values_are_out_of_range(small_pair):
     with pytest.raises(ValueError, match=r"must lie in \[-1, 1\], got values up to 255"):
         small_pair[0].encode(jnp.full((1, 9, 16, 16, 3), 255.0))
+
+
+def test_a_clip_may_be_a_constant_of_a_trace(small_pair):
+    vae, _ = small_pair
+    video = jnp.clip(normal((1, 9, 16, 16, 3)), -1, 1)
+    got = jax.jit(lambda scale: vae.encode(video).mean * scale)(2.0)
+    assert distance(got, 2 * vae.encode(video).mean) < 1e-6
+    bright = 100 * jnp.ones_like(video)
+    with pytest.raises(ValueError, match=r"must lie in \[-1, 1\]"):
+        jax.jit(lambda scale: vae.encode(bright).mean * scale)(2.0)
 
 
 @pytest.mark.parametrize(

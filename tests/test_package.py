@@ -12,7 +12,7 @@ import jaxtyping
 import pytest
 
 import eqx_cogvae as cv
-from eqx_cogvae import video
+from eqx_cogvae import diffusers, training, video
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("av", "diffusers", "huggingface_hub", "optax", "torch", "tqdm")
@@ -63,18 +63,32 @@ def exported(module):
     return {n: x for n, x in things.items() if inspect.isroutine(x) or inspect.isclass(x)}
 
 
-@pytest.mark.parametrize("module", [cv, video], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [cv, diffusers, training, video], ids=lambda module: module.__name__
+)
 def test_every_export_has_a_docstring(module):
     # A dataclass without one has its signature there.
     things = exported(module)
     bare = [n for n, x in things.items() if not x.__doc__ or x.__doc__.startswith(f"{n}(")]
-    assert len(things) > 5
+    assert len(things) > 2
     assert bare == []
 
 
 def test_annotations_are_checked_in_these_tests():
     with pytest.raises(jaxtyping.TypeCheckError, match="crop_frames"):
         cv.crop_frames(jnp.zeros((3, 8, 8)), 1)
+
+
+def test_a_missing_extra_is_named():
+    code = """
+import sys
+sys.modules["optax"] = None
+try:
+    import eqx_cogvae.training
+except ImportError as error:
+    print(error)
+"""
+    assert 'pip install "eqx_cogvae[train]"' in python(code)[0]
 
 
 def test_the_version_is_that_of_the_metadata():

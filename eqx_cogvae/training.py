@@ -1,0 +1,279 @@
+"""Training a VAE: losses, random crops, a step, and a state that outlives the process.
+
+Needs `eqx_cogvae[train]`. A `Trainer` holds what stays the same, a `TrainState` what changes:
+
+```python
+trainer = training.Trainer(optax.adam(1e-4), loss=training.ClipLoss(l1=1.0, gradient=1.0))
+state = trainer.init(vae)
+for clips in crops.batches(int(state.step)):
+    state, metrics = trainer.step(state, clips, key)
+```
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from ._autoencoder import VAE
+from ._checkpoint import tensor_names
+from ._crops import Crops as Crops, Source as Source
+from ._files import atomic
+from ._layers import ResnetBlock
+from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
+from ._types import Key
+
+try:
+    import optax
+except ImportError as error:
+    raise ImportError('training needs optax: pip install "eqx_cogvae[train]".') from error
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class ClipLoss(eqx.Module):
+    """A weighted sum of losses over a clip that is encoded, sampled and decoded.
+
+    Each field is the weight of the loss of its name. The defaults are the mean absolute error
+    and latent diffusion's weight of the KL divergence.
+    """
+
+    l1: float | int = 1.0
+    l2: float | int = 0.0
+    kl: float | int = 1e-6
+    gradient: float | int = 0.0
+    temporal: float | int = 0.0
+
+    def __call__(
+        self, vae: VAE, clips: Float[Array, "b t h w c"], key: Key
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The sum, and every loss before it is weighted."""
+        posterior = vae.encode(clips)
+        decoded = vae.decode(posterior.sample(key))
+        terms = {
+            "l1": l1(decoded, clips),
+            "l2": l2(decoded, clips),
+            "kl": kl(posterior, clips),
+            "gradient": gradient(decoded, clips),
+            "temporal": temporal(decoded, clips),
+        }
+        total = sum((getattr(self, name) * term for name, term in terms.items()), jnp.zeros(()))
+        return total, terms
+
+
+class TrainState(eqx.Module):
+    """What a step changes: weights, their moving average, the optimiser's state, the count."""
+
+    model: VAE
+    average: VAE
+    optimiser: PyTree
+    step: Int[Array, ""]
+
+
+class Trainer(eqx.Module):
+    """A step of gradient descent on clips, and how it is taken.
+
+    **Arguments:**
+
+    - `optimiser`: an optax gradient transformation.
+    - `loss`: `(vae, clips, key) -> (loss, metrics)`, such as a `ClipLoss`.
+    - `trainable`: which tensors are trained, by diffusers' names: `decoder_only`, or
+        `lambda name: "norm" in name`. The others are held fixed, and cost no optimiser state.
+    - `decay`: of the exponential moving average of the weights, per step. It rises to that from
+        0.1, so that an average over few steps is not one of their beginning.
+    - `accumulate`: into how many parts a batch is cut, whose gradients are averaged: the memory
+        of a part, the step of the whole.
+    - `dtype`: what is computed in, such as `jnp.bfloat16`; None is the weights' own. Weights,
+        average and optimiser state stay as they are given: use float32.
+    - `rematerialise`: whether each resnet block is computed again in the backward pass.
+    - `mesh`: devices over which the batch is split; the state is on each of them.
+    """
+
+    optimiser: optax.GradientTransformation
+    loss: Callable = ClipLoss()
+    trainable: Callable[[str], bool] | None = None
+    decay: float | int = 0.999
+    accumulate: int = 1
+    dtype: Any = eqx.field(default=None, static=True)
+    rematerialise: bool = False
+    mesh: Mesh | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f"`accumulate` must be at least 1, got {self.accumulate}.")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"`decay` must lie in [0, 1), got {self.decay}: the usual is 0.999.")
+
+    def init(self, vae: VAE) -> TrainState:
+        """The state before the first step; `vae` stays the caller's own."""
+        trained, _ = self._split(vae)
+        if not jax.tree.leaves(trained):
+            raise ValueError("`trainable` chooses no tensor, of names such as decoder.conv_in.")
+        copy = lambda tree: jax.tree.map(  # noqa: E731
+            lambda x: jnp.array(x, copy=True) if eqx.is_array(x) else x, tree
+        )
+        # A step gives its buffers away, so no two of them may be one.
+        state = TrainState(copy(vae), copy(vae), self.optimiser.init(trained), jnp.array(0))
+        if self.mesh is None:
+            return state
+        return eqx.filter_shard(state, NamedSharding(self.mesh, PartitionSpec()))
+
+    def step(
+        self, state: TrainState, clips: Shaped[Array, "b t h w c"] | Any, key: Key
+    ) -> tuple[TrainState, Metrics]:
+        """One step on clips in [-1, 1] or uint8; the buffers of `state` are given away.
+
+        The random numbers of a step are those of `key` and `state.step`: hand in the same key
+        every time. The metrics are the losses, `loss` their weighted sum, and `gradient_norm`,
+        all before the step.
+
+        **Raises:** `ValueError` for a batch that does not divide by `accumulate` and the mesh.
+        """
+        parts = self.accumulate * (1 if self.mesh is None else self.mesh.size)
+        if clips.shape[0] % parts:
+            raise ValueError(
+                f"a batch of {clips.shape[0]} clips does not divide into {parts} parts, "
+                f"{self.accumulate} to accumulate on each of {parts // self.accumulate} devices."
+            )
+        return _update((self, jnp.asarray(clips), key), state)
+
+    def _split(self, vae: VAE) -> tuple[VAE, VAE]:
+        if self.trainable is None:
+            return eqx.partition(vae, eqx.is_inexact_array)
+        chosen = jax.tree.map(self.trainable, tensor_names(vae))
+        return eqx.partition(vae, chosen)
+
+    def _gradients(self, model: VAE, clips: Array, key: Key) -> tuple[Metrics, VAE]:
+        trained, frozen = self._split(model)
+
+        def loss(trained, clips, key):
+            vae = _cast(eqx.combine(trained, frozen), self.dtype)
+            vae = rematerialised(vae) if self.rematerialise else vae
+            return self.loss(vae, clips, key)
+
+        def part(clips, key):
+            gradient = eqx.filter_value_and_grad(loss, has_aux=True)
+            (value, terms), grads = gradient(trained, clips, key)
+            return {"loss": value, **terms}, grads
+
+        if self.accumulate == 1:
+            return part(clips, key)
+        clips = clips.reshape(self.accumulate, -1, *clips.shape[1:])
+        keys = jax.random.split(key, self.accumulate)
+        like = eqx.filter_eval_shape(part, clips[0], keys[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        body = lambda total, each: (jax.tree.map(jnp.add, total, part(*each)), None)  # noqa: E731
+        total, _ = lax.scan(body, zeros, (clips, keys))
+        return jax.tree.map(lambda x: x / self.accumulate, total)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _update(held: tuple[Trainer, Array, Key], state: TrainState) -> tuple[TrainState, Metrics]:
+    trainer, clips, key = held
+    if trainer.mesh is not None:
+        batch = PartitionSpec(trainer.mesh.axis_names)
+        clips = lax.with_sharding_constraint(clips, NamedSharding(trainer.mesh, batch))
+    if clips.dtype == jnp.uint8:
+        clips = clips.astype(jnp.float32) / 127.5 - 1
+    metrics, grads = trainer._gradients(state.model, clips, jax.random.fold_in(key, state.step))
+    trained, frozen = trainer._split(state.model)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        updates, optimiser = trainer.optimiser.update(grads, state.optimiser, trained)
+    model = eqx.combine(eqx.apply_updates(trained, updates), frozen)
+    decay = jnp.minimum((1 + state.step) / (10 + state.step), trainer.decay)
+    average = jax.tree.map(lambda a, p: _mixed(a, p, decay), state.average, model)
+    metrics["gradient_norm"] = _norm(grads)
+    return TrainState(model, average, optimiser, state.step + 1), metrics
+
+
+def decoder_only(name: str) -> bool:
+    """Whether a tensor of this name decodes: a `trainable` that leaves the latents as they are."""
+    return name.startswith(("decoder.", "post_quant_conv."))
+
+
+class _Rematerialised(eqx.Module):
+    """A resnet block that keeps only its inputs for the backward pass."""
+
+    block: ResnetBlock
+
+    def __call__(self, x: Array, cache: Any = None, *, latents: Array | None = None) -> Any:
+        return eqx.filter_checkpoint(self.block)(x, cache, latents=latents)
+
+
+def rematerialised(vae: VAE) -> VAE:
+    """The same function, with each resnet block computed again in the backward pass.
+
+    Gradients need less memory and take about a forward pass longer.
+    """
+    is_block = lambda node: isinstance(node, ResnetBlock)  # noqa: E731
+    wrap = lambda node: _Rematerialised(node) if is_block(node) else node  # noqa: E731
+    return jax.tree.map(wrap, vae, is_leaf=is_block)
+
+
+def save_state(path: str | os.PathLike, state: TrainState) -> None:
+    """Writes a state; a process killed meanwhile leaves the file that was there.
+
+    **Raises:** `OSError` where the file cannot be written.
+    """
+    with atomic(path) as partial:
+        eqx.tree_serialise_leaves(partial, state)
+
+
+def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
+    """Reads a state that was saved, to go on to the same losses; `like` is one of its kind.
+
+    **Raises:** `FileNotFoundError`; `ValueError` for another model's or optimiser's state.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no training state at {path}.")
+    try:
+        return eqx.tree_deserialise_leaves(path, like)
+    except (RuntimeError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is not a state of this model and optimiser ({reason}): build both as they "
+            "were when it was saved."
+        ) from error
+
+
+def _cast(vae: VAE, dtype: Any) -> VAE:
+    if dtype is None:
+        return vae
+    return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, vae)
+
+
+def _norm(tree: PyTree) -> Float[Array, ""]:
+    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros((), squares[0].dtype)))
+
+
+def _mixed(average: Array, new: Array, decay: Array) -> Array:
+    if not eqx.is_inexact_array(new):
+        return new
+    decay = decay.astype(new.dtype)
+    return decay * average + (1 - decay) * new
+
+
+__all__ = [
+    "ClipLoss",
+    "Crops",
+    "Source",
+    "TrainState",
+    "Trainer",
+    "decoder_only",
+    "gradient",
+    "kl",
+    "l1",
+    "l2",
+    "load_state",
+    "rematerialised",
+    "save_state",
+    "temporal",
+]

@@ -1,0 +1,202 @@
+"""Trains the tiny VAE: python scripts/train_tiny.py --data DIR --out DIR [--resume].
+
+The mp4 clips of `--data`, at several sizes and strides in time, are mixed with procedural ones.
+Three stages: small crops of one encoder's batch; the same, larger; whole frames of two batches,
+so that the steady batches with their cache are trained as well. The state is saved every few
+minutes: a killed run goes on with `--resume`, to the same losses. `--out` then holds `tiny/`,
+the averaged weights in bfloat16 in diffusers' layout, and `figures.json`, what was measured.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import eqx_cogvae as cv
+from eqx_cogvae import training, video
+
+HELD_OUT_FRAMES, HELD_OUT_SIZE = 17, (128, 192)
+_LOGVAR = -6.0
+
+
+class Stage(NamedTuple):
+    """Part of the run: a share of the steps, and its crops."""
+
+    share: float
+    frames: int
+    size: tuple[int, int]
+    batch: int
+    heights: tuple[int, ...]
+
+
+STAGES = (
+    Stage(0.72, 9, (64, 64), 4, (128, 192, 256)),
+    Stage(0.18, 9, (96, 128), 2, (128, 192, 256)),
+    Stage(0.10, 17, (128, 192), 1, (128, 160, 224)),
+)
+
+
+def main() -> None:
+    """Trains, or goes on with it."""
+    options = _options()
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    loss = training.ClipLoss(l1=1.0, l2=2.0, gradient=0.5)
+    trainer = training.Trainer(_optimiser(options), loss=loss, decay=0.997)
+    state, saved = trainer.init(_start(options)), out / "state.eqx"
+    if options.resume and saved.exists():
+        state = training.load_state(saved, state)
+    key, begun = jax.random.key(options.seed), time.time()
+    last, recent = begun, []
+    while (step := int(state.step)) < options.steps:
+        stage, stop = _stage(step, options.steps)
+        print(f"from step {step} on: {stage}", flush=True)
+        for clips in _crops(stage, options).batches(step):
+            state, metrics = trainer.step(state, clips, key)
+            recent.append(jax.device_get(metrics))
+            step += 1
+            if step % 50 == 0:
+                _report(step, recent, time.time() - begun)
+                recent = []
+            if step == stop or time.time() - last > options.save_every:
+                last = time.time()
+                training.save_state(saved, state)
+                _export(state.average, out, options, step)
+            if step == stop:
+                break
+
+
+def _start(options: argparse.Namespace) -> cv.VAE:
+    """Given weights to go on from, or random ones that begin to learn sooner.
+
+    Spatial norms begin without the product of features and latents, latents without noise to
+    drown in, and channels differ by a constant: norms would else hide how bright a clip is.
+    """
+    if options.start:
+        return cv.from_pretrained(options.start, dtype=jnp.float32)
+    config = cv.Config.preset("tiny")
+    z = config.latent_channels
+
+    def begun(name: str, x: Any) -> Any:
+        if name.endswith(".conv_y.conv.weight"):
+            return jnp.zeros_like(x)
+        if name.endswith(".conv_y.conv.bias"):
+            return jnp.ones_like(x)
+        if name == "encoder.conv_in.conv.bias":
+            return x * 9
+        if name.startswith("encoder.conv_out.conv."):
+            return x.at[..., z:].set(_LOGVAR if x.ndim == 1 else 0.0)
+        return x
+
+    vae = cv.VAE(config, key=jax.random.key(options.seed))
+    return jax.tree.map(begun, training.tensor_names(vae), vae)
+
+
+def _optimiser(options: argparse.Namespace) -> optax.GradientTransformation:
+    """Muon for the convolutions, a kernel's taps and inputs as rows; Adam for what is left."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, options.rate, 50, options.steps)
+    matrix = lambda rank: optax.contrib.MuonDimensionNumbers(  # noqa: E731
+        tuple(range(rank - 1)), rank - 1
+    )
+    kernels = lambda tree: jax.tree.map(  # noqa: E731
+        lambda x: matrix(x.ndim) if x.ndim > 1 else None, tree
+    )
+    return optax.contrib.muon(
+        rate,
+        adam_learning_rate=lambda step: 0.4 * rate(step),
+        adam_b2=0.99,
+        muon_weight_dimension_numbers=kernels,
+        consistent_rms=0.2,
+    )
+
+
+def _stage(step: int, steps: int) -> tuple[Stage, int]:
+    """The stage that a step belongs to, and the step it ends at."""
+    share = 0.0
+    for stage in STAGES:
+        share += stage.share
+        stop = round(steps * share)
+        if step < stop:
+            break
+    return stage, stop
+
+
+def _crops(stage: Stage, options: argparse.Namespace) -> training.Crops:
+    files = [path for path in _files(options) if path.stem != options.held_out]
+    sources = [training.Source(path, height) for path in files for height in stage.heights]
+    for seed in range(4):
+        clip = np.asarray(video.procedural_clip(49, 128, 192, seed=seed))[0]
+        sources.append(training.Source(clip, weight=0.1 * len(sources)))
+    return training.Crops(
+        sources,
+        batch=stage.batch,
+        frames=stage.frames,
+        size=stage.size,
+        strides=(1, 2, 3),
+        seed=options.seed,
+    )
+
+
+def _report(step: int, metrics: list[dict[str, Any]], seconds: float) -> None:
+    mean = {name: float(np.mean([each[name] for each in metrics])) for name in metrics[0]}
+    text = " ".join(f"{name} {value:.4f}" for name, value in mean.items())
+    print(
+        f"step {step} psnr {10 * np.log10(4 / mean['l2']):.2f} {text} {seconds:.0f} s", flush=True
+    )
+
+
+def _export(vae: cv.VAE, out: Path, options: argparse.Namespace, step: int) -> None:
+    """The weights, with the factor that brings the latents' deviation to one, and figures."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vae)
+    vae = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    latents, psnr = [], {}
+    for path in _files(options):
+        clip = jnp.asarray(video.read(path, frames=HELD_OUT_FRAMES, size=HELD_OUT_SIZE))
+        latents.append(np.asarray(vae.encode(clip).mean).ravel())
+        if path.stem == options.held_out:
+            psnr[path.stem] = video.psnr(vae(clip), clip)
+            latents.pop()
+    clip = jnp.asarray(video.procedural_clip(HELD_OUT_FRAMES, *HELD_OUT_SIZE, seed=100))
+    psnr["procedural, seed 100"] = video.psnr(vae(clip), clip)
+    every = np.concatenate(latents)
+    fields = vae.config.to_dict() | {"scaling_factor": round(1 / float(np.std(every)), 4)}
+    blank = eqx.filter_eval_shape(cv.VAE, cv.Config.from_dict(fields), key=jax.random.key(0))
+    scaled = jax.tree.unflatten(jax.tree.structure(blank), jax.tree.leaves(half))
+    cv.save_pretrained(scaled, out / "tiny")
+    figures = {
+        "step": step,
+        "held_out_psnr_db": psnr,
+        "latent_mean": float(np.mean(every)),
+        "latent_std": float(np.std(every)),
+    }
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"step {step} held out {psnr}", flush=True)
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    return sorted(Path(options.data).glob("*.mp4"))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start", help="a checkpoint to begin from")
+    parser.add_argument("--held-out", default="kitten", help="a clip to measure on")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--save-every", type=float, default=300, help="seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

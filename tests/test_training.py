@@ -1,0 +1,312 @@
+"""Losses against torch and algebra; steps against plain gradient descent; runs cut off."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import distance, normal
+
+import eqx_cogvae as cv
+from eqx_cogvae import training, video
+
+CONFIG = cv.Config(
+    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4
+)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return cv.VAE(CONFIG, key=jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return jnp.clip(0.5 * normal((4, 9, 16, 16, 3), 1), -1, 1)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return training.Trainer(optax.adam(3e-3), training.ClipLoss(l2=1.0), decay=0.9)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array))])
+
+
+def changed(before, after):
+    """Names of the tensors that differ."""
+    names = jax.tree.leaves(training.tensor_names(before))
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return {n for n, (a, b) in zip(names, pairs, strict=True) if not np.array_equal(a, b)}
+
+
+def test_losses_of_known_clips():
+    a, b = normal((2, 3, 6, 8, 3)), normal((2, 3, 6, 8, 3), 1)
+    error = np.asarray(a - b, np.float64)
+    assert training.l1(a, b) == pytest.approx(np.abs(error).mean(), rel=1e-5)
+    assert training.l2(a, b) == pytest.approx((error**2).mean(), rel=1e-5)
+    temporal = np.abs(np.diff(error, axis=1)).mean()
+    assert training.temporal(a, b) == pytest.approx(temporal, rel=1e-5)
+    one = np.abs(np.diff(error, axis=2)).mean() + np.abs(np.diff(error, axis=3)).mean()
+    half = error.reshape(2, 3, 3, 2, 4, 2, 3).mean((3, 5))
+    two = np.abs(np.diff(half, axis=2)).mean() + np.abs(np.diff(half, axis=3)).mean()
+    assert training.gradient(a, b, scales=1) == pytest.approx(one, rel=1e-5)
+    assert training.gradient(a, b) == pytest.approx((one + two) / 2, rel=1e-5)
+
+
+def test_losses_that_forgive_a_shift():
+    a = normal((1, 3, 8, 8, 3))
+    assert training.gradient(a + 0.5, a) < 1e-6
+    assert training.temporal(a + normal((1, 1, 8, 8, 3), 1), a) < 1e-6
+    assert training.temporal(a[:, :1] + 0.5, a[:, :1]) == 0
+
+
+def test_kl_is_per_element_of_the_video():
+    posterior = cv.DiagonalGaussian(jnp.ones((2, 1, 1, 1, 4)), jnp.zeros((2, 1, 1, 1, 4)))
+    assert training.kl(posterior, jnp.zeros((2, 4, 2, 2, 3))) == pytest.approx(4 / 96)
+
+
+def test_losses_compare_one_shape(unchecked):
+    with pytest.raises(ValueError, match=r"one shape, got \(1, 2, 2, 2, 3\).*8k \+ 1"):
+        training.l1(jnp.zeros((1, 2, 2, 2, 3)), jnp.zeros((1, 1, 2, 2, 3)))
+
+
+def test_a_step_is_that_of_the_optimiser(vae, clips, trainer):
+    key = jax.random.key(3)
+    state, metrics = trainer.step(trainer.init(vae), clips, key)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad(has_aux=True)
+    def gradient(vae):
+        return trainer.loss(vae, clips, jax.random.fold_in(key, 0))
+
+    (value, terms), grads = gradient(vae)
+    optimiser = optax.adam(3e-3)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimiser.update(grads, optimiser.init(eqx.filter(vae, eqx.is_array)))
+    assert distance(flat(state.model), flat(eqx.apply_updates(vae, updates))) < 1e-5
+    assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
+    assert metrics["l1"] == pytest.approx(float(terms["l1"]), rel=1e-5)
+    assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(flat(grads)), rel=1e-4)
+    # (1 + 0) / (10 + 0) of the old, the rest of the new.
+    due = 0.1 * flat(vae) + 0.9 * flat(state.model)
+    assert distance(flat(state.average), due) < 1e-6
+    assert int(state.step) == 1
+
+
+def test_training_reduces_the_loss(vae, trainer):
+    clips = np.concatenate([video.procedural_clip(9, 16, 16, seed=i) for i in range(4)])
+    state, losses = trainer.init(vae), []
+    for _ in range(12):
+        state, metrics = trainer.step(state, clips, jax.random.key(0))
+        losses.append(float(metrics["l1"]))
+    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+
+
+def test_the_state_is_given_away_and_the_model_is_not(vae, clips, trainer):
+    state = trainer.init(vae)
+    trainer.step(state, clips, jax.random.key(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.optimiser))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(vae, eqx.is_array)))
+    assert not clips.is_deleted()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"accumulate": 2}, {"rematerialise": True}],
+    ids=["accumulated", "rematerialised"],
+)
+def test_the_same_step_with_less_memory(options, vae, clips):
+    """Of a loss that samples nothing: parts draw other noise than the whole."""
+
+    def loss(vae, clips, key):
+        del key
+        return training.l2(vae(clips), clips), {}
+
+    steps = [
+        training.Trainer(optax.sgd(1.0), loss, **each).step(
+            training.Trainer(optax.sgd(1.0), loss).init(vae), clips, jax.random.key(0)
+        )
+        for each in ({}, options)
+    ]
+    moved = [flat(state.model) - flat(vae) for state, _ in steps]
+    assert np.linalg.norm(moved[0]) > 0
+    assert distance(moved[1], moved[0]) < 1e-4
+    assert distance(*(metrics["loss"] for _, metrics in steps)) < 1e-5
+
+
+def test_every_resnet_block_is_rematerialised(vae, clips):
+    """What it saves is the accelerators' compilers' doing: XLA's for CPU undoes it."""
+
+    def blocks(wrap):
+        encode = jax.make_jaxpr(lambda x: wrap(vae).encode_step(x)[0])(clips)
+        decode = jax.make_jaxpr(lambda z: wrap(vae).decode_step(z)[0])(normal((1, 2, 4, 4, 4)))
+        return [str(jaxpr).count("= remat2[") for jaxpr in (encode, decode)]
+
+    assert blocks(lambda vae: vae) == [0, 0]
+    # One for each level, two in the middle; the decoder has one more for each level.
+    assert blocks(training.rematerialised) == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("trainable", "due"),
+    [
+        (training.decoder_only, lambda name: name.startswith("decoder.")),
+        (lambda name: "norm" in name, lambda name: "norm" in name),
+    ],
+    ids=["decoder", "norms"],
+)
+def test_only_what_is_chosen_is_trained(trainable, due, vae, clips):
+    trainer = training.Trainer(optax.adam(1e-3), trainable=trainable)
+    state, _ = trainer.step(trainer.init(vae), clips, jax.random.key(0))
+    names = set(jax.tree.leaves(training.tensor_names(vae)))
+    assert changed(vae, state.model) == set(filter(due, names))
+    momenta = sum(leaf.ndim > 0 for leaf in jax.tree.leaves(state.optimiser))
+    assert momenta == 2 * len(changed(vae, state.model))
+
+
+def test_bfloat16_computes_and_float32_remembers(vae, clips):
+    dtypes = []
+
+    def loss(vae, clips, key):
+        dtypes.append(vae.dtype)
+        return training.ClipLoss()(vae, clips, key)
+
+    exact, half = (
+        training.Trainer(optax.adam(1e-3), loss, dtype=dtype) for dtype in (None, jnp.bfloat16)
+    )
+    (state, full), (_, rounded) = (
+        each.step(exact.init(vae), clips, jax.random.key(0)) for each in (half, exact)
+    )
+    assert set(dtypes) == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.model)} == {jnp.dtype("float32")}
+    assert full["l1"] == pytest.approx(float(rounded["l1"]), rel=2e-2)
+
+
+def test_uint8_clips_are_scaled_on_the_device(vae, clips, trainer):
+    pixels = np.rint((np.asarray(clips) + 1) * 127.5).astype(np.uint8)
+    key = jax.random.key(0)
+    _, got = trainer.step(trainer.init(vae), pixels, key)
+    scaled = jnp.asarray(pixels.astype(np.float32) / np.float32(127.5) - 1)
+    _, due = trainer.step(trainer.init(vae), scaled, key)
+    assert got["loss"] == pytest.approx(float(due["loss"]), rel=1e-5)
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(vae, trainer, tmp_path):
+    """Bit for bit: the state from disk, the batches and the noise by the count of steps."""
+    source = training.Source(video.procedural_clip(20, 24, 24)[0])
+    crops = training.Crops([source], batch=4, frames=9, size=(16, 16), strides=(1, 2))
+    key = jax.random.key(5)
+
+    def run(state, steps):
+        losses = []
+        for _, batch in zip(range(steps), crops.batches(int(state.step)), strict=False):
+            state, metrics = trainer.step(state, batch, key)
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+    whole, losses = run(trainer.init(vae), 6)
+    part, before = run(trainer.init(vae), 3)
+    training.save_state(tmp_path / "state.eqx", part)
+    del part
+    again, after = run(training.load_state(tmp_path / "state.eqx", trainer.init(vae)), 3)
+    assert before + after == losses
+    np.testing.assert_array_equal(flat(again), flat(whole))
+
+
+def test_a_state_of_another_model(vae, trainer, tmp_path):
+    path = tmp_path / "state.eqx"
+    with pytest.raises(FileNotFoundError, match="no training state at"):
+        training.load_state(path, trainer.init(vae))
+    training.save_state(path, trainer.init(vae))
+    other = cv.VAE(cv.Config(block_out_channels=(4, 4), norm_num_groups=4), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="not a state of this model and optimiser"):
+        training.load_state(path, trainer.init(other))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a state of this model and optimiser"):
+        training.load_state(path, trainer.init(vae))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulate": 0}, "at least 1, got 0"),
+        ({"decay": 1.0}, r"\[0, 1\), got 1.0.*0.999"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        training.Trainer(optax.sgd(1.0), **options)
+
+
+def test_bad_batches_and_filters(vae, clips):
+    trainer = training.Trainer(optax.sgd(1.0), accumulate=3)
+    with pytest.raises(ValueError, match="batch of 4 clips does not divide into 3 parts"):
+        trainer.step(trainer.init(vae), clips, jax.random.key(0))
+    with pytest.raises(ValueError, match="chooses no tensor"):
+        training.Trainer(optax.sgd(1.0), trainable=lambda name: False).init(vae)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for i, frames in enumerate((20, 140)):
+        clip = video.procedural_clip(frames, 32, 48, seed=i)
+        video.write(folder / f"{i}.mp4", clip, crf=4)
+    return [folder / "0.mp4", folder / "1.mp4"]
+
+
+def test_crops_depend_on_their_index_alone(files):
+    options = {"batch": 3, "frames": 9, "size": (16, 24), "strides": (1, 2, 3), "seed": 7}
+    sources = [training.Source(files[0], 24), training.Source(files[1])]
+    due = [training.Crops(sources, workers=1, **options).batch(i) for i in range(6)]
+    assert {batch.shape for batch in due} == {(3, 9, 16, 24, 3)}
+    assert not np.array_equal(due[0], due[1])
+    # With no memory to speak of, every segment is decoded again.
+    crops = training.Crops(sources, workers=3, memory=1, **options)
+    for start in (0, 4):
+        for got, expected in zip(crops.batches(start), due[start:], strict=False):
+            np.testing.assert_array_equal(got, expected)
+    other = training.Crops(sources, **options | {"seed": 8})
+    assert not np.array_equal(other.batch(0), due[0])
+
+
+def test_crops_are_of_the_clip(files):
+    """Each lies somewhere in it, at its stride, as it is or mirrored."""
+    clip = np.arange(30 * 6 * 8 * 3).reshape(30, 6, 8, 3) % 251
+    clip = clip.astype(np.uint8)
+    crops = training.Crops(
+        [training.Source(clip)], batch=8, frames=3, size=(6, 8), strides=(2,), seed=1
+    )
+    flipped = 0
+    for crop in crops.batch(0):
+        starts = [t for t in range(26) if np.array_equal(clip[t : t + 5 : 2], crop)]
+        mirrored = [t for t in range(26) if np.array_equal(clip[t : t + 5 : 2, :, ::-1], crop)]
+        assert len(starts) + len(mirrored) == 1
+        flipped += len(mirrored)
+    assert 0 < flipped < 8
+    decoded = video.read(files[1], start=128, frames=12)[0]
+    last = training.Crops([training.Source(files[1])], batch=1, frames=9, size=(32, 48))
+    pixels = last._clips[0].decode(1)
+    assert pixels.shape == (76, 32, 48, 3)
+    np.testing.assert_allclose(pixels[64:] / 127.5 - 1, decoded, atol=1e-6)
+
+
+def test_crops_that_do_not_fit(files):
+    options = {"batch": 1, "frames": 9, "size": (16, 16)}
+    with pytest.raises(ValueError, match=r"64x16.*do not fit into 0\.mp4, which has 20 of 32x48"):
+        training.Crops([training.Source(files[0])], **options | {"size": (64, 16)})
+    with pytest.raises(ValueError, match=r"33 frames .*do not fit"):
+        training.Crops([training.Source(files[0])], **options | {"frames": 33})
+    with pytest.raises(ValueError, match="nothing to cut crops from"):
+        training.Crops([], **options)
+    with pytest.raises(ValueError, match="`height` resizes files"):
+        training.Crops([training.Source(np.zeros((9, 16, 16, 3), np.uint8), 8)], **options)
+
+
+def test_a_broken_file_is_heard(tmp_path, files):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="not a video that FFmpeg can read"):
+        training.Crops([training.Source(tmp_path / "a.mp4")], batch=1, frames=1, size=(8, 8))
