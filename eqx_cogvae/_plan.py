@@ -269,7 +269,8 @@ def _compiled(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _Program(math.inf, 0, size, math.nan, calls), cache
-    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    memory: Any = program.memory_analysis()
+    cost = program.cost_analysis() or {}
     held = memory.argument_size_in_bytes
     peak = held + memory.temp_size_in_bytes + memory.output_size_in_bytes
     peak -= memory.alias_size_in_bytes

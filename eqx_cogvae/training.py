@@ -144,13 +144,13 @@ class Trainer(eqx.Module):
             )
         return _update((self, jnp.asarray(clips), key), state)
 
-    def _split(self, vae: VAE) -> tuple[VAE, VAE]:
+    def _split(self, vae: VAE) -> tuple[Any, Any]:
         if self.trainable is None:
             return eqx.partition(vae, eqx.is_inexact_array)
         chosen = jax.tree.map(self.trainable, tensor_names(vae))
         return eqx.partition(vae, chosen)
 
-    def _gradients(self, model: VAE, clips: Array, key: Key) -> tuple[Metrics, VAE]:
+    def _gradients(self, model: VAE, clips: Array, key: Key) -> tuple[Metrics, Any]:
         trained, frozen = self._split(model)
 
         def loss(trained, clips, key):
@@ -234,7 +234,7 @@ def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no training state at {path}.")
     try:
-        return eqx.tree_deserialise_leaves(path, like)
+        return eqx.tree_deserialise_leaves(Path(path), like)
     except (RuntimeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

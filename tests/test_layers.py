@@ -44,6 +44,60 @@ def test_every_lowering_of_a_doubling_convolution_agrees():
     assert distance(cpu, default) < 1e-6
 
 
+def torch_gradients(fn, *tensors):
+    """Of the sum of squares, by each tensor; back in our layouts."""
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    fn(*tensors).square().sum().backward()
+    return [t.grad.numpy() for t in tensors]
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (2, 5, 3), (3, 1, 1)])
+def test_gradients_of_a_convolution_agree(sizes):
+    """The kernel's is our own on CPU."""
+    x, kernel, bias = normal((2, 4, 6, 7, 3)), normal((*sizes, 3, 5), 1), normal((5,), 2)
+    pads = ((sizes[1] // 2,) * 2, (sizes[2] // 2,) * 2)
+    for variant in _convolution.VARIANTS:
+
+        def loss(x, kernel, variant=variant):
+            y = _convolution.valid_conv(x, kernel, bias, pads, variant=variant)
+            return jnp.sum(jnp.square(y))
+
+        by_x, by_kernel = jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+        due_x, due_kernel = torch_gradients(
+            lambda x, k: torch.nn.functional.conv3d(
+                x, k, torch.from_numpy(np.array(bias)), padding=(0, pads[0][0], pads[1][0])
+            ),
+            to_torch(x),
+            torch.from_numpy(np.asarray(kernel).transpose(4, 3, 0, 1, 2).copy()),
+        )
+        assert distance(by_x, np.moveaxis(due_x, 1, -1)) < 1e-6
+        assert distance(by_kernel, due_kernel.transpose(2, 3, 4, 1, 0)) < 1e-6
+
+
+@pytest.mark.parametrize("side", [(8, 10), (9, 7), (2, 3)])
+@pytest.mark.parametrize("model", [CogVideoXDownsample3D, CogVideoXUpsample3D])
+def test_gradients_of_resampling_agree(model, side):
+    down = model is CogVideoXDownsample3D
+    layer = (_layers.Downsample if down else _layers.Upsample)(4, True, key=KEY)
+    module = model(4, 4, compress_time=True, padding=0 if down else 1)
+    copy(module.conv, layer.conv)
+    x = normal((2, 3, *side, 4))
+
+    @jax.jit
+    @jax.grad
+    def gradients(layer_and_x):
+        layer, x = layer_and_x
+        return jnp.sum(jnp.square(layer(x)))
+
+    ours, by_x = gradients((layer, x))
+    (due,) = torch_gradients(module, to_torch(x))
+    assert distance(by_x, np.moveaxis(due, 1, -1)) < 1e-6
+    module.zero_grad()
+    module(to_torch(x)).square().sum().backward()
+    due = module.conv.weight.grad.numpy().transpose(2, 3, 1, 0)
+    assert distance(ours.conv.weight, due) < 1e-6
+
+
 @pytest.mark.parametrize("cuts", [(1, 1, 1, 1, 1), (2, 3), (4, 1)])
 def test_a_causal_convolution_in_pieces_is_the_whole(cuts):
     layer = _layers.CausalConv3d(3, 4, key=KEY)
@@ -80,11 +134,12 @@ def test_group_norm_is_as_exact_as_float64(offset):
     assert distance(layer(x), np.moveaxis(due.numpy(), 1, -1)) < ulp
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("latent_frames", [1, 2, 3])
+# One latent frame is not split between the first feature frame and others: diffusers fails.
+NORMED = [(f, z) for f in (1, 2, 3, 4, 5) for z in (1, 2, 3) if z > 1 or f == 1 or f % 2 == 0]
+
+
+@pytest.mark.parametrize(("frames", "latent_frames"), NORMED)
 def test_spatial_norm(frames, latent_frames):
-    if frames > 1 and frames % 2 and latent_frames == 1:
-        pytest.skip("diffusers splits one latent frame into one and none, and fails")
     ours = _layers.SpatialNorm(8, 3, 2, key=KEY)
     model = theirs.CogVideoXSpatialNorm3D(8, 3, groups=2)
     copy(model.conv_y.conv, ours.conv_y.conv)
