@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            error = "out of memory; give a smaller --size, or --dtype bfloat16"
+            error = (
+                "out of memory; give a smaller --size, or --dtype bfloat16: "
+                "`info MODEL --size FRAMES HxW` says what a size takes"
+            )
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
         _note(f"error: {error}")
@@ -118,9 +121,6 @@ def _decode(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     shape = options.size and (1, _count(options.size[0]), *_size(options.size[1]))
-    plan = getattr(cv, "plan", None)
-    if shape and plan is None:
-        raise ValueError("this version of eqx_cogvae cannot plan memory, leave out --size.")
     vae = _model(options)
     for name, value in vae.config.to_dict().items():
         print(f"{name:28} {value}")
@@ -130,8 +130,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{'bytes':28} {sum(leaf.nbytes for leaf in leaves):,}")
     print(f"{'dtype':28} {', '.join(sorted({leaf.dtype.name for leaf in leaves}))}")
     print(f"{'fingerprint':28} {_latents.fingerprint(vae)}")
-    if plan and shape:
-        print(plan(vae, shape))
+    if shape:
+        print(cv.plan(vae, shape, memory=options.memory and options.memory * 2**30))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("model", nargs="?", default="tiny", metavar="MODEL")
             command.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
             command.add_argument("--size", nargs=2, metavar=("FRAMES", "HxW"), help="plan memory")
+            command.add_argument("--memory", type=float, metavar="GIB", help="to fit the plan into")
             continue
         _add_paths(command, run)
         command.add_argument("--model", default="tiny", help="directory or hub id; default: tiny")

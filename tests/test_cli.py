@@ -157,11 +157,12 @@ def test_info(capsys):
         assert f"{name:28} {value}\n" in said
 
 
-def test_info_plans(monkeypatch, capsys):
-    plan = lambda vae, shape: f"plan of {shape}"  # noqa: E731
-    monkeypatch.setattr(cv, "plan", plan, raising=False)
-    assert run("info", "--size", 49, "480x720") == 0
-    assert "plan of (1, 49, 480, 720)" in capsys.readouterr().out
+def test_info_plans(capsys):
+    assert run("info", "--size", 9, "16x24", "--memory", 0.5) == 0
+    said = capsys.readouterr().out
+    assert "decode, whole" in said
+    assert "cheapest that fits" in said
+    assert "memory: 0.5 GiB" in said
 
 
 def bad(name, content):
@@ -205,7 +206,6 @@ def latents(**fields):
     ],
 )
 def test_mistakes_are_one_line(command, match, source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cv, "plan", lambda *_: "", raising=False)
     bad("garbage", b"garbage" * 99)
     bad("pickle", b"\x80\x04")
     bad("cut.mp4", source.read_bytes()[:2000])
