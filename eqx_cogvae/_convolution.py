@@ -198,12 +198,11 @@ def _cpu_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Arra
 def _cpu_backward(stride: int, pads: Pads, saved: Any, cotangent: Array) -> tuple[Array, Array]:
     x, kernel = saved
     (by_x,) = jax.vjp(lambda x: _conv2d(x, kernel, stride, pads), x)[1](cotangent)
-    cotangent = cotangent.reshape(-1, *cotangent.shape[2:])
-    frames = _padded_frames(x, pads)
+    padded = jnp.pad(x, [(0, 0), (0, 0), *pads, (0, 0)])
     if stride > 1:
-        frames = _phases(frames, stride)
+        padded = _phases(padded, stride)
     sizes = tuple(-(-size // stride) for size in kernel.shape[:2])
-    by_phase = _kernel_gradient(frames, cotangent, sizes)
+    by_phase = _kernel_gradient(padded, cotangent, sizes)
     # A strided kernel is a smaller one over the phases of the frame: (rows, columns, phases, o).
     split = by_phase.reshape(*sizes, stride, stride, *kernel.shape[2:]).swapaxes(1, 2)
     merged = split.reshape(sizes[0] * stride, sizes[1] * stride, *kernel.shape[2:])
@@ -218,33 +217,32 @@ _cpu_conv2d.defvjp(_cpu_forward, _cpu_backward)
 
 def _phases(x: Array, stride: int) -> Array:
     """Each `stride` x `stride` square of pixels as one of so many more channels."""
-    n, h, w, c = x.shape
-    x = jnp.pad(x, [(0, 0), (0, -h % stride), (0, -w % stride), (0, 0)])
-    x = x.reshape(n, -(-h // stride), stride, -(-w // stride), stride, c).swapaxes(2, 3)
-    return x.reshape(*x.shape[:3], stride * stride * c)
+    b, t, h, w, c = x.shape
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -h % stride), (0, -w % stride), (0, 0)])
+    x = x.reshape(b, t, -(-h // stride), stride, -(-w // stride), stride, c).swapaxes(3, 4)
+    return x.reshape(*x.shape[:4], stride * stride * c)
 
 
 def _kernel_gradient(x: Array, cotangent: Array, sizes: tuple[int, int]) -> Array:
-    """Of a valid convolution of `x`, (n, h, w, i), by its kernel of `sizes`.
+    """Of a valid convolution of the frames of `x`, by its kernel of `sizes`.
 
     With the rows of a frame end to end, what a tap sees of it is one stretch, so that each tap
     is a matrix product. Frame by frame, for the stretches to stay in the processor's cache.
     """
-    (n, h, _, o), width, i = cotangent.shape, x.shape[2], x.shape[3]
+    (b, t, h, w, o), width, i = cotangent.shape, x.shape[3], x.shape[4]
     rows, columns = sizes
     # What is read past a row's end meets zeros.
-    cotangent = jnp.pad(cotangent, [(0, 0), (0, 0), (0, width - cotangent.shape[2]), (0, 0)])
+    cotangent = jnp.pad(cotangent, [(0, 0)] * 3 + [(0, width - w), (0, 0)])
     length = h * width - columns + 1
-    cotangent = cotangent.reshape(n, -1, o)[:, :length]
+    cotangent = cotangent.reshape(b, t, -1, o)[:, :, :length]
     starts = [row * width + column for row in range(rows) for column in range(columns)]
-    x = x.reshape(n, -1, i)
+    frames = (x.reshape(b, t, -1, i).swapaxes(0, 1), cotangent.swapaxes(0, 1))
 
     def add_frame(total: Array, frame: tuple[Array, Array]) -> tuple[Array, None]:
-        stretches = (lax.slice_in_dim(frame[0], start, start + length) for start in starts)
-        product = functools.partial(lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())))
-        return total + jnp.stack([product(each, frame[1]) for each in stretches]), None
+        seen = (lax.slice_in_dim(frame[0], start, start + length, axis=1) for start in starts)
+        return total + jnp.stack([jnp.tensordot(s, frame[1], ((0, 1), (0, 1))) for s in seen]), None
 
-    total, _ = lax.scan(add_frame, jnp.zeros((len(starts), i, o), x.dtype), (x, cotangent))
+    total, _ = lax.scan(add_frame, jnp.zeros((len(starts), i, o), x.dtype), frames)
     return total.reshape(rows, columns, i, o)
 
 

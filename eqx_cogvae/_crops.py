@@ -37,7 +37,8 @@ class Crops:
 
     The batch of an index depends on `seed` and that index alone, so that a run that was cut off
     goes on with the batches it would have seen. Files are decoded by `workers` threads, in
-    segments of 64 frames, which are kept as pixels up to `memory` bytes.
+    segments of 64 frames, which are kept as pixels up to `memory` bytes. A segment is decoded from
+    the beginning of its file: cut long videos into clips first.
 
     **Arguments:**
 

@@ -19,6 +19,7 @@ from ._transforms import framewise, sliced
 _TILE = (240, 360)
 _OVERLAP = (1 / 6, 1 / 5)
 _SAME = 0.02
+_STREAMED = "streamed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Cost:
     `peak` is bytes on the device at the worst moment: weights, cache, temporaries, and what of
     the video is held there; infinite, where the compiler itself found no room. `programs` are
     compiled, `flop` is arithmetic. `fn` is the way itself: from video to moments, or from latents
-    to video.
+    to video; for "streamed" to an iterator over pieces of them.
     """
 
     name: str
@@ -49,9 +50,15 @@ class Plan:
     def best(self, direction: str) -> Cost:
         """The cheapest way to `"encode"` or `"decode"` that fits the budget.
 
-        **Raises:** `ValueError` where none does.
+        Its `fn` returns the whole result. "Streamed" is not among the choices: it needs a loop
+        that takes the pieces.
+
+        **Raises:** `ValueError` where none fits.
         """
+        if direction not in ("encode", "decode"):
+            raise ValueError(f'`direction` must be "encode" or "decode", got {direction!r}.')
         costs = self.encode if direction == "encode" else self.decode
+        costs = [cost for cost in costs if cost.name != _STREAMED]
         fitting = [cost for cost in costs if self.fits(cost)]
         if not fitting:
             least = min(costs, key=lambda cost: cost.peak)
@@ -71,7 +78,8 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{'':22}{'peak':>11}{'programs':>10}{'TFLOP':>10}"]
         for direction, costs in (("encode", self.encode), ("decode", self.decode)):
-            best = self.best(direction) if any(map(self.fits, costs)) else None
+            whole = [cost for cost in costs if cost.name != _STREAMED]
+            best = self.best(direction) if any(map(self.fits, whole)) else None
             for cost in costs:
                 mark = "  cheapest that fits" if cost is best else ""
                 mark = mark if self.fits(cost) else "  does not fit"
@@ -95,7 +103,8 @@ def plan(
 
     Compiles the steps of each way without running them, and reads peak memory and arithmetic
     off the programs; to that it adds what of the video itself is on the device. It takes as long
-    as compiling does, and what it compiles comes back from JAX's persistent compilation cache.
+    as compiling does, unless JAX's persistent compilation cache has the plan from before. Ways
+    are planned as they are called outside of `jax.jit`.
 
     "Whole" is `vae.encode` and `vae.decode` of an array on the device, "streamed" has its video
     on the host. Ways that are the same for this video, such as one slice, are left out.
@@ -177,7 +186,7 @@ def _costs(direction: _Direction, x: jax.ShapeDtypeStruct) -> tuple[Cost, ...]:
     peak = max(program.peak + program.result for program in clip)
     costs = [
         _whole("whole", whole, clip, x),
-        Cost("streamed", peak, len(clip), _flop(clip), stream),
+        Cost(_STREAMED, peak, len(clip), _flop(clip), stream),
     ]
     if b > 1:
         one = _programs(direction, _cut(x, 1, *sides))

@@ -158,8 +158,9 @@ def tiled(
     there, tiles are cut only if the video exceeds `size`, each is blended with the one above it
     and then the one to its left, and those are blended already.
 
-    While tracing, tiles of equal shape share one compiled body under `lax.map`. Otherwise every
-    tile is a compiled call of its own.
+    While tracing, tiles of equal shape share one compiled body under `lax.map`: the program needs
+    the memory of one tile, of all tiles' results before they are blended, and of the output.
+    Otherwise every tile is a compiled call of its own, and two rows of results are kept.
 
     **Arguments:**
 

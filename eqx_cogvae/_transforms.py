@@ -74,11 +74,11 @@ class Sliced(Transform):
     fn: Callable
 
     def __call__(self, *args: PyTree[Shaped[Array, "_ ..."]]) -> PyTree[Shaped[Array, "b ..."]]:
-        if is_traced((self, args)):
-            return lax.map(lambda element: _first(self.fn(*_batch_of_one(element))), args)
         batch = {leaf.shape[0] for leaf in jax.tree.leaves(args)}
         if len(batch) != 1:
             raise ValueError(f"arguments must share their first axis, got sizes {sorted(batch)}.")
+        if is_traced((self, args)):
+            return lax.map(lambda element: _first(self.fn(*_batch_of_one(element))), args)
         elements = (jax.tree.map(lambda a, i=i: a[i : i + 1], args) for i in range(batch.pop()))
         return join([call(self.fn, *element) for element in elements], axis=0)
 

@@ -41,6 +41,7 @@ except ImportError as error:
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 _MESH_AXES = ("batch", "height", "width")
 _VIDEO_RANK = 5
+_WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 
 
 def _leave_memory_to_torch() -> None:
@@ -242,23 +243,40 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
         cls,
         name_or_path: str | os.PathLike,
         *,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | None = None,
         mesh: Mesh | None = None,
+        low_cpu_mem_usage: bool = True,
+        use_safetensors: bool = True,
         **where: Any,
     ) -> "EqxAutoencoderKLCogVideoX":
         """Loads a checkpoint in diffusers' layout, of the VAE or of a whole pipeline.
 
-        `where` are the other arguments of `eqx_cogvae.from_pretrained`: `subfolder`, `revision`,
-        `token`, `cache_dir`, `local_files_only`.
+        `torch_dtype` None is float32, as in diffusers. `where` are the other arguments of
+        `eqx_cogvae.from_pretrained`: `subfolder`, `revision`, `token`, `cache_dir`,
+        `local_files_only`. Memory is always used sparingly, and weights are always safetensors.
 
-        **Raises:** as `eqx_cogvae.from_pretrained`.
+        **Raises:** as `eqx_cogvae.from_pretrained`; `ValueError` for `use_safetensors=False`;
+        `TypeError` for an argument that neither takes.
         """
-        dtype = _weights_dtype(torch_dtype)
+        del low_cpu_mem_usage
+        if use_safetensors is False:
+            raise ValueError("weights are read from safetensors alone, leave `use_safetensors`.")
+        if unknown := where.keys() - _WHERE:
+            raise TypeError(
+                f"`from_pretrained` takes no {min(unknown)!r}; it takes torch_dtype, mesh, "
+                f"{', '.join(_WHERE)}."
+            )
+        dtype = _weights_dtype(torch.float32 if torch_dtype is None else torch_dtype)
         vae = _checkpoint.from_pretrained(name_or_path, dtype=dtype, mesh=mesh, **where)
         return cls(vae, mesh=mesh)
 
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes a directory that diffusers' own class loads."""
+    def save_pretrained(self, path: str | os.PathLike, safe_serialization: bool = True) -> None:
+        """Writes a directory that diffusers' own class loads.
+
+        **Raises:** `ValueError` for `safe_serialization=False`, and as `save_pretrained`.
+        """
+        if not safe_serialization:
+            raise ValueError("weights are written as safetensors alone, not as a pickle.")
         _checkpoint.save_pretrained(self.vae, path)
 
     @property
@@ -336,7 +354,8 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
             fn = sharded(fn, self.mesh, **axes)
         if self.use_tiling:
             overlap = (self.tile_overlap_factor_height, self.tile_overlap_factor_width)
-            fn = tiled(fn, tile, overlap)
+            # Devices divide whole tiles only, so that on a mesh the last ones are moved inward.
+            fn = tiled(fn, tile, overlap, edges="clip" if self.mesh is None else "shift")
         return sliced(fn) if self.use_slicing else fn
 
     def enable_tiling(
@@ -348,8 +367,11 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
     ) -> None:
         """Encodes and decodes by tiles what is larger than one; None keeps what there is.
 
-        **Raises:** `ValueError` for a tile that is no multiple of a latent cell, and an overlap
-        that is not in [0, 1) or leaves no step to the next tile.
+        On a mesh each tile is cut among the devices, and the last ones are moved inward rather
+        than cut short.
+
+        **Raises:** `ValueError` for a tile that is no multiple of a latent cell, or that a mesh
+        does not divide, and an overlap that is not in [0, 1) or leaves no step to the next tile.
         """
         size = (
             _or(tile_sample_min_height, self.tile_sample_min_height),
@@ -360,8 +382,20 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
             _or(tile_overlap_factor_width, self.tile_overlap_factor_width),
         )
         _check_tiles(size, overlap, self.vae.config.spatial_compression)
+        self._check_tiles_on_mesh(size)
         self._set_tiles(size, overlap)
         self.use_tiling = True
+
+    def _check_tiles_on_mesh(self, size: tuple[int, int]) -> None:
+        cell = self.vae.config.spatial_compression
+        for name, side in zip(("height", "width"), size, strict=True):
+            among = 1 if self.mesh is None else self.mesh.shape.get(name, 1)
+            if among > 1 and (side // cell % among or side // cell < 2 * among):
+                due = max(round(side / cell / among), 2) * among * cell
+                raise ValueError(
+                    f"a tile {name} of {side} does not divide among the mesh's {among} devices "
+                    f"into parts of two latent cells or more: give {due}."
+                )
 
     def _set_tiles(self, size: tuple[int, int], overlap: tuple[float, float]) -> None:
         cell = self.vae.config.spatial_compression

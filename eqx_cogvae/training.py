@@ -116,11 +116,13 @@ class Trainer(eqx.Module):
         trained, _ = self._split(vae)
         if not jax.tree.leaves(trained):
             raise ValueError("`trainable` chooses no tensor, of names such as decoder.conv_in.")
+        # A step gives its buffers away, so no two of them may be one, nor the caller's.
         copy = lambda tree: jax.tree.map(  # noqa: E731
             lambda x: jnp.array(x, copy=True) if eqx.is_array(x) else x, tree
         )
-        # A step gives its buffers away, so no two of them may be one.
-        state = TrainState(copy(vae), copy(vae), self.optimiser.init(trained), jnp.array(0))
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            optimiser = copy(self.optimiser.init(trained))
+        state = TrainState(copy(vae), copy(vae), optimiser, jnp.zeros((), jnp.int32))
         if self.mesh is None:
             return state
         return eqx.filter_shard(state, NamedSharding(self.mesh, PartitionSpec()))
@@ -165,7 +167,8 @@ class Trainer(eqx.Module):
 
         if self.accumulate == 1:
             return part(clips, key)
-        clips = clips.reshape(self.accumulate, -1, *clips.shape[1:])
+        # Each part takes some of every device's clips, so that all devices work on it.
+        clips = clips.reshape(-1, self.accumulate, *clips.shape[1:]).swapaxes(0, 1)
         keys = jax.random.split(key, self.accumulate)
         like = eqx.filter_eval_shape(part, clips[0], keys[0])
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
@@ -186,10 +189,14 @@ def _update(held: tuple[Trainer, Array, Key], state: TrainState) -> tuple[TrainS
     trained, frozen = trainer._split(state.model)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         updates, optimiser = trainer.optimiser.update(grads, state.optimiser, trained)
-    model = eqx.combine(eqx.apply_updates(trained, updates), frozen)
+    trained = eqx.apply_updates(trained, updates)
     decay = jnp.minimum((1 + state.step) / (10 + state.step), trainer.decay)
-    average = jax.tree.map(lambda a, p: _mixed(a, p, decay), state.average, model)
+    average, _ = trainer._split(state.average)
+    average = jax.tree.map(lambda a, p: _mixed(a, p, decay), average, trained)
     metrics["gradient_norm"] = _norm(grads)
+    # What is frozen goes back as the buffers it came in.
+    _, still = trainer._split(state.average)
+    model, average = eqx.combine(trained, frozen), eqx.combine(average, still)
     return TrainState(model, average, optimiser, state.step + 1), metrics
 
 
@@ -222,25 +229,34 @@ def save_state(path: str | os.PathLike, state: TrainState) -> None:
 
     **Raises:** `OSError` where the file cannot be written.
     """
-    with atomic(path) as partial:
-        eqx.tree_serialise_leaves(partial, state)
+    # By file objects: to a path without a suffix Equinox adds one.
+    with atomic(path) as partial, partial.open("wb") as file:
+        eqx.tree_serialise_leaves(file, state)
 
 
 def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
-    """Reads a state that was saved, to go on to the same losses; `like` is one of its kind.
+    """Reads a state that was saved, to go on to the same losses.
+
+    `like` is one of its kind, as `Trainer.init` gives it; the state goes where that is.
 
     **Raises:** `FileNotFoundError`; `ValueError` for another model's or optimiser's state.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no training state at {path}.")
     try:
-        return eqx.tree_deserialise_leaves(Path(path), like)
+        with Path(path).open("rb") as file:
+            state = eqx.tree_deserialise_leaves(file, like)
+        return jax.tree.map(_placed_as, state, like)
     except (RuntimeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} is not a state of this model and optimiser ({reason}): build both as they "
             "were when it was saved."
         ) from error
+
+
+def _placed_as(x: Any, like: Any) -> Any:
+    return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else x
 
 
 def _cast(vae: VAE, dtype: Any) -> VAE:
@@ -255,8 +271,6 @@ def _norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def _mixed(average: Array, new: Array, decay: Array) -> Array:
-    if not eqx.is_inexact_array(new):
-        return new
     decay = decay.astype(new.dtype)
     return decay * average + (1 - decay) * new
 

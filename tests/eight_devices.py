@@ -6,12 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reference import distance, normal
 
 import eqx_cogvae as cv
-from eqx_cogvae import _convolution
+from eqx_cogvae import _convolution, training
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
@@ -239,3 +240,56 @@ def test_the_adapter_runs_on_a_mesh(vae):
     assert distance(rows.decode(latents).sample, results[0][0]) < 1e-5
     with pytest.raises(ValueError, match="weights are on a mesh and stay there"):
         rows.to("meta")
+
+
+def test_the_adapter_tiles_on_a_mesh(vae):
+    """Equal tiles, each cut among the devices; what does not divide is heard at once."""
+    torch = pytest.importorskip("torch")
+    from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX, to_torch
+
+    latents = normal((1, 3, 10, 12, 3))
+    ours = EqxAutoencoderKLCogVideoX(vae, mesh=mesh_of((1, 2, 2)))
+    ours.enable_tiling(16, 16, 0.25, 0.5)
+    whole = cv.framewise(vae.decode_step, 2)
+    due = cv.tiled(whole, (8, 8), (0.25, 0.5), edges="shift")(latents)
+    got = ours.decode(to_torch(latents)).sample
+    assert distance(got.permute(0, 2, 3, 4, 1), due) < 1e-5
+    assert torch.is_tensor(got)
+    with pytest.raises(ValueError, match=r"tile height of 18 does not divide.*2 devices.*give 16"):
+        ours.enable_tiling(18, 16)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_over_a_batch_is_exact_and_shared(accumulate, vae):
+    """A loss without noise, for parts to see the same as the whole."""
+
+    def loss(vae, clips, key):
+        del key
+        return training.l2(vae(clips), clips), {}
+
+    clips, key = jnp.tanh(normal((8, 9, 8, 8, 3))), jax.random.key(0)
+    results, temporaries = [], []
+    for mesh in (None, mesh_of((4, 1, 1))):
+        trainer = training.Trainer(optax.sgd(0.1), loss, mesh=mesh, accumulate=accumulate)
+        state = trainer.init(vae)
+        program = training._update.lower((trainer, clips, key), state).compile()
+        temporaries.append(program.compiled.memory_analysis().temp_size_in_bytes)
+        results.append(trainer.step(state, clips, key))
+    (alone, one), (spread, four) = results
+    assert distance(four["loss"], one["loss"]) < 1e-5
+    moved = [
+        np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)])
+        for pair in ((alone.model, vae), (jax.device_get(spread.model), vae))
+    ]
+    assert distance(*moved) < 1e-4
+    assert temporaries[1] < 0.4 * temporaries[0]
+
+
+def test_a_state_comes_back_to_its_mesh(vae, tmp_path):
+    trainer = training.Trainer(optax.adam(1e-3), mesh=mesh_of((4, 1, 1)))
+    state = trainer.init(vae)
+    training.save_state(tmp_path / "state", state)
+    again = training.load_state(tmp_path / "state", state)
+    for got, due in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert got.sharding == due.sharding
+        np.testing.assert_array_equal(got, due)

@@ -363,6 +363,20 @@ def test_the_dtype_of_a_checkpoint_is_diffusers(model, tmp_path):
         assert loaded[0].dtype == loaded[1].dtype
 
 
+def test_the_arguments_that_scripts_give(ours, folder, tmp_path):
+    load = EqxAutoencoderKLCogVideoX.from_pretrained
+    options = {"torch_dtype": None, "low_cpu_mem_usage": False, "use_safetensors": True}
+    assert load(folder, **options).dtype == torch.float32
+    ours.save_pretrained(tmp_path, safe_serialization=True)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="read from safetensors alone"):
+        load(folder, use_safetensors=False)
+    with pytest.raises(ValueError, match="safetensors alone, not as a pickle"):
+        ours.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(TypeError, match="takes no 'variant'; it takes torch_dtype, mesh"):
+        load(folder, variant="fp16")
+
+
 def test_pickled(ours):
     copy = pickle.loads(pickle.dumps(ours))
     z = noise(1, 4, 1, 2, 2)

@@ -120,9 +120,12 @@ def test_arithmetic_grows_with_the_video(vae, plan):
 def test_the_cheapest_that_fits(plan):
     assert plan.best("decode").name == "whole"
     costs = named(plan.decode)
-    # Not the whole, which needs more, nor tiles, which compute more.
-    budget = _plan.Plan(plan.encode, plan.decode, costs["streamed"].peak)
-    assert budget.best("decode").name == "streamed"
+    # Not the whole, which needs more, nor tiles, which compute more, nor pieces of the result.
+    budget = _plan.Plan(plan.encode, plan.decode, costs["whole"].peak - 1)
+    assert budget.fits(costs["streamed"])
+    assert budget.best("decode").name == "sliced"
+    with pytest.raises(ValueError, match=r'"encode" or "decode", got \'dec\''):
+        plan.best("dec")
     tight = _plan.Plan(plan.encode, plan.decode, costs["sliced tiled"].peak)
     assert tight.best("decode").name == "sliced tiled"
     none = _plan.Plan(plan.encode, plan.decode, 1000)

@@ -105,7 +105,10 @@ def test_training_reduces_the_loss(vae, trainer):
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
 
 
-def test_the_state_is_given_away_and_the_model_is_not(vae, clips, trainer):
+@pytest.mark.parametrize("optimiser", [optax.adam(1e-3), optax.contrib.prodigy()])
+def test_the_state_is_given_away_and_the_model_is_not(optimiser, vae, clips):
+    """Not by an optimiser either that remembers where it began."""
+    trainer = training.Trainer(optimiser)
     state = trainer.init(vae)
     trainer.step(state, clips, jax.random.key(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.optimiser))
@@ -163,6 +166,7 @@ def test_only_what_is_chosen_is_trained(trainable, due, vae, clips):
     state, _ = trainer.step(trainer.init(vae), clips, jax.random.key(0))
     names = set(jax.tree.leaves(training.tensor_names(vae)))
     assert changed(vae, state.model) == set(filter(due, names))
+    assert changed(vae, state.average) == set(filter(due, names))
     momenta = sum(leaf.ndim > 0 for leaf in jax.tree.leaves(state.optimiser))
     assert momenta == 2 * len(changed(vae, state.model))
 
@@ -209,9 +213,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(vae, trainer, tmp_pat
 
     whole, losses = run(trainer.init(vae), 6)
     part, before = run(trainer.init(vae), 3)
-    training.save_state(tmp_path / "state.eqx", part)
+    training.save_state(tmp_path / "state", part)
     del part
-    again, after = run(training.load_state(tmp_path / "state.eqx", trainer.init(vae)), 3)
+    again, after = run(training.load_state(tmp_path / "state", trainer.init(vae)), 3)
     assert before + after == losses
     np.testing.assert_array_equal(flat(again), flat(whole))
 

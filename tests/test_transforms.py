@@ -117,6 +117,8 @@ def test_a_sliced_step_handles_the_cache(models):
 def test_sliced_arguments_share_the_batch():
     with pytest.raises(ValueError, match=r"share their first axis, got sizes \[2, 3\]"):
         cv.sliced(jnp.add)(jnp.zeros((2, 1)), jnp.zeros((3, 1)))
+    with pytest.raises(ValueError, match=r"share their first axis, got sizes \[2, 3\]"):
+        jax.jit(cv.sliced(jnp.add))(jnp.zeros((2, 1)), jnp.zeros((3, 1)))
 
 
 def test_results_may_be_pytrees():
