@@ -108,14 +108,49 @@ def small_pair(small_config, tmp_path_factory):
 
 
 def test_gradients_agree(small_pair):
-    vae, model = small_pair
-    video, weight = normal((1, 9, 16, 24, 3), 1), normal((1, 9, 16, 24, 3), 2)
+    assert_gradients_agree(*small_pair, normal((1, 9, 16, 24, 3), 1))
+
+
+# Shallow, for compiling a gradient takes long; any activation, any count of frames.
+shallow = st.builds(
+    cv.Config,
+    block_out_channels=st.sampled_from([(4,), (4, 8), (8, 4)]),
+    layers_per_block=st.just(1),
+    norm_num_groups=st.just(2),
+    latent_channels=st.just(3),
+    act_fn=st.sampled_from(["silu", "mish", "gelu", "relu"]),
+    temporal_compression_ratio=st.sampled_from([1, 2]),
+    use_quant_conv=st.booleans(),
+    use_post_quant_conv=st.booleans(),
+)
+
+
+@given(config=shallow, frames=st.integers(1, 17), side=st.integers(4, 9), seed=st.integers(0, 99))
+@settings(max_examples=3)
+def test_gradients_of_any_configuration_agree(config, frames, side, seed, tmp_path_factory):
+    models = pair(config, tmp_path_factory.mktemp("vae"), seed=seed)
+    assert_gradients_agree(*models, normal((1, frames, side, side + 1, 3), seed))
+
+
+@pytest.mark.full
+@given(config=shallow, frames=st.integers(1, 17), side=st.integers(4, 9), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_gradients_of_any_configuration_agree_at_length(
+    config, frames, side, seed, tmp_path_factory
+):
+    models = pair(config, tmp_path_factory.mktemp("vae"), seed=seed)
+    assert_gradients_agree(*models, normal((1, frames, side, side + 1, 3), seed))
+
+
+def assert_gradients_agree(vae, model, video):
+    """By every tensor and by the video, of a loss through encoder and decoder."""
+    weight = normal(quietly(vae, video).shape, 2)
 
     @eqx.filter_jit
     @eqx.filter_grad
     def gradients(vae_and_video):
         vae, video = vae_and_video
-        posterior = vae.encode(video)
+        posterior = quietly(vae.encode, video)
         return jnp.mean(weight * vae.decode(posterior.mean)) + jnp.mean(posterior.logvar**2)
 
     ours, ours_video = gradients((vae, video))

@@ -164,7 +164,7 @@ def shallow():
     return cv.VAE(config, key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", ["framewise", "tiled", "sliced tiled"])
+@pytest.mark.parametrize("name", COMPOSITIONS)
 def test_gradients_flow_and_checkpointing_keeps_them(name, shallow):
     vae = shallow
     latents, weight = normal((2, 5, 4, 6, 3)), normal((2, 9, 8, 12, 3), 1)
