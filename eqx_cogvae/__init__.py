@@ -1,17 +1,12 @@
 """The CogVideoX video VAE as Equinox modules."""
 
-from ._autoencoder import (
-    VAE as VAE,
-    Decoder as Decoder,
-    Encoder as Encoder,
-    crop_frames as crop_frames,
-    pad_frames as pad_frames,
-)
+from ._autoencoder import VAE as VAE, Decoder as Decoder, Encoder as Encoder
 from ._checkpoint import (
     from_original as from_original,
     from_pretrained as from_pretrained,
     save_pretrained as save_pretrained,
 )
+from ._clips import crop_frames as crop_frames, pad_frames as pad_frames
 from ._config import Config as Config
 from ._plan import Plan as Plan, plan as plan
 from ._posterior import DiagonalGaussian as DiagonalGaussian

@@ -1,6 +1,5 @@
 """The model: encoder, decoder, and the VAE that holds both."""
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
+from ._clips import check_clip, check_range, warn_of_frames
 from ._config import LATENT_BATCH, SAMPLE_BATCH, Config
 from ._convolution import pointwise_conv
 from ._layers import (
@@ -24,13 +24,11 @@ from ._layers import (
     normalised,
 )
 from ._posterior import DiagonalGaussian
-from ._transforms import framewise, is_traced
+from ._transforms import framewise
 from ._types import Key
 
 _MID_RESNETS = 2
 _OUT_EPS = 1e-6
-# Above what any normalised clip reaches, noise included, and far below pixel values up to 255.
-_LARGEST_SAMPLE = 16.0
 
 
 class BlockCache(NamedTuple):
@@ -241,7 +239,7 @@ class VAE(eqx.Module):
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
         cell = self.config.spatial_compression
-        _check(frames, "video", self.config.in_channels, smallest=cell)
+        check_clip(frames, "video", self.config.in_channels, smallest=cell)
         x, cache = self.encoder(frames.astype(self.dtype), cache)
         if self.quant_conv is not None:
             x = pointwise_conv(x, self.quant_conv.weight, self.quant_conv.bias)
@@ -255,7 +253,7 @@ class VAE(eqx.Module):
 
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
-        _check(latents, "latents", self.config.latent_channels, smallest=1)
+        check_clip(latents, "latents", self.config.latent_channels, smallest=1)
         z = latents.astype(self.dtype)
         if self.post_quant_conv is not None:
             z = pointwise_conv(z, self.post_quant_conv.weight, self.post_quant_conv.bias)
@@ -268,9 +266,11 @@ class VAE(eqx.Module):
 
         **Raises:** `ValueError` for a wrong rank, channel count, dtype or range.
         """
-        _check(video, "video", self.config.in_channels, smallest=self.config.spatial_compression)
-        _check_range(video)
-        _warn_of_frames(video.shape[1], self.config)
+        check_clip(
+            video, "video", self.config.in_channels, smallest=self.config.spatial_compression
+        )
+        check_range(video)
+        warn_of_frames(video.shape[1], self.config)
         return DiagonalGaussian.from_moments(framewise(self.encode_step, SAMPLE_BATCH)(video))
 
     def decode(self, latents: Float[Array, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
@@ -278,7 +278,7 @@ class VAE(eqx.Module):
 
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
-        _check(latents, "latents", self.config.latent_channels, smallest=1)
+        check_clip(latents, "latents", self.config.latent_channels, smallest=1)
         return framewise(self.decode_step, LATENT_BATCH)(latents)
 
     def __call__(
@@ -317,22 +317,6 @@ class VAE(eqx.Module):
         mean = jnp.zeros(shape) if config.latents_mean is None else jnp.array(config.latents_mean)
         std = jnp.ones(shape) if config.latents_std is None else jnp.array(config.latents_std)
         return mean.reshape(shape) + (config.shift_factor or 0.0), std.reshape(shape)
-
-
-def pad_frames(video: Float[Array, "b t h w c"]) -> tuple[Float[Array, "b t2 h w c"], int]:
-    """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`."""
-    t = video.shape[1]
-    missing = (1 - t) % SAMPLE_BATCH
-    if not missing:
-        return video, t
-    return jnp.concatenate([video, jnp.repeat(video[:, -1:], missing, axis=1)], axis=1), t
-
-
-def crop_frames(video: Float[Array, "b t2 h w c"], t: int) -> Float[Array, "b t h w c"]:
-    """The first `t` frames: undoes `pad_frames` after decoding."""
-    if not 0 < t <= video.shape[1]:
-        raise ValueError(f"cannot crop {video.shape[1]} frames to {t}.")
-    return video[:, :t]
 
 
 def _chain(
@@ -390,53 +374,4 @@ def _up_block(config: Config, level: int, *, pad_mode: str, key: Key, dtype) -> 
     return UpBlock(resnets, (Upsample(reverse[level], in_time, key=skey, dtype=dtype),))
 
 
-def _check(x: Array, what: str, channels: int, *, smallest: int) -> None:
-    if x.ndim != 5:
-        raise ValueError(
-            f"{what} must have five axes, (batch, frames, height, width, channels={channels}), "
-            f"got shape {x.shape}; add a batch axis with `[None]` if it lacks one."
-        )
-    if x.shape[-1] != channels:
-        hint = f" or set a config with {x.shape[-1]} channels."
-        if x.shape[1] == channels:
-            hint = ": this looks like BCTHW, use `jnp.moveaxis(x, 1, -1)`."
-        raise ValueError(
-            f"{what} must be BTHWC with {channels} channels last, got shape {x.shape}{hint}"
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        hint = " scale pixels by `x / 127.5 - 1`." if what == "video" else " cast them."
-        raise ValueError(f"{what} must be of a floating dtype, got {x.dtype}:{hint}")
-    if min(x.shape[:2]) < 1 or min(x.shape[2:4]) < smallest:
-        raise ValueError(
-            f"{what} must have at least one clip, one frame and {smallest}x{smallest} in height "
-            f"and width, got shape {x.shape}."
-        )
-
-
-def _check_range(video: Array) -> None:
-    if is_traced(video):
-        return
-    # A clip that is there may be a constant of a function that is being traced.
-    with jax.ensure_compile_time_eval():
-        largest = float(jax.device_get(jnp.max(jnp.abs(video))))
-    if largest > _LARGEST_SAMPLE:
-        raise ValueError(
-            f"video must lie in [-1, 1], got values up to {largest:g}: "
-            "scale pixels by `x / 127.5 - 1`."
-        )
-
-
-def _warn_of_frames(t: int, config: Config) -> None:
-    if t % SAMPLE_BATCH == 1:
-        return
-    low = max(t - 1, 0) // SAMPLE_BATCH * SAMPLE_BATCH + 1
-    back = config.sample_frames(config.latent_frames(t))
-    outcome = f"come back as {back}" if back != t else "lose the first frame's special place"
-    warnings.warn(
-        f"{t} frames {outcome}: the nearest good counts are {low} and {low + SAMPLE_BATCH} "
-        "(8k + 1); `pad_frames` reaches the next, `crop_frames` undoes it.",
-        stacklevel=3,
-    )
-
-
-__all__ = ["VAE", "Decoder", "Encoder", "crop_frames", "pad_frames"]
+__all__ = ["VAE", "Decoder", "Encoder"]

@@ -1,0 +1,84 @@
+"""What a clip must be to be encoded or decoded, and frame counts that round-trip."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._config import SAMPLE_BATCH, Config
+from ._transforms import is_traced
+
+# Above what any normalised clip reaches, noise included, and far below pixel values up to 255.
+_LARGEST_SAMPLE = 16.0
+
+
+def pad_frames(video: Float[Array, "b t h w c"]) -> tuple[Float[Array, "b t2 h w c"], int]:
+    """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`."""
+    t = video.shape[1]
+    missing = (1 - t) % SAMPLE_BATCH
+    if not missing:
+        return video, t
+    return jnp.concatenate([video, jnp.repeat(video[:, -1:], missing, axis=1)], axis=1), t
+
+
+def crop_frames(video: Float[Array, "b t2 h w c"], t: int) -> Float[Array, "b t h w c"]:
+    """The first `t` frames: undoes `pad_frames` after decoding."""
+    if not 0 < t <= video.shape[1]:
+        raise ValueError(f"cannot crop {video.shape[1]} frames to {t}.")
+    return video[:, :t]
+
+
+def check_clip(x: Array, what: str, channels: int, *, smallest: int) -> None:
+    """Raises `ValueError` unless `x` is BTHWC, floating, and of `smallest` sides or more."""
+    if x.ndim != 5:
+        raise ValueError(
+            f"{what} must have five axes, (batch, frames, height, width, channels={channels}), "
+            f"got shape {x.shape}; add a batch axis with `[None]` if it lacks one."
+        )
+    if x.shape[-1] != channels:
+        hint = f" or set a config with {x.shape[-1]} channels."
+        if x.shape[1] == channels:
+            hint = ": this looks like BCTHW, use `jnp.moveaxis(x, 1, -1)`."
+        raise ValueError(
+            f"{what} must be BTHWC with {channels} channels last, got shape {x.shape}{hint}"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = " scale pixels by `x / 127.5 - 1`." if what == "video" else " cast them."
+        raise ValueError(f"{what} must be of a floating dtype, got {x.dtype}:{hint}")
+    if min(x.shape[:2]) < 1 or min(x.shape[2:4]) < smallest:
+        raise ValueError(
+            f"{what} must have at least one clip, one frame and {smallest}x{smallest} in height "
+            f"and width, got shape {x.shape}."
+        )
+
+
+def check_range(video: Array) -> None:
+    """Raises `ValueError` for pixel values, where the values are there to be seen."""
+    if is_traced(video):
+        return
+    # A clip that is there may be a constant of a function that is being traced.
+    with jax.ensure_compile_time_eval():
+        largest = float(jax.device_get(jnp.max(jnp.abs(video))))
+    if largest > _LARGEST_SAMPLE:
+        raise ValueError(
+            f"video must lie in [-1, 1], got values up to {largest:g}: "
+            "scale pixels by `x / 127.5 - 1`."
+        )
+
+
+def warn_of_frames(t: int, config: Config) -> None:
+    """Warns, in the name of the caller's caller, of a count that does not round-trip."""
+    if t % SAMPLE_BATCH == 1:
+        return
+    low = max(t - 1, 0) // SAMPLE_BATCH * SAMPLE_BATCH + 1
+    back = config.sample_frames(config.latent_frames(t))
+    outcome = f"come back as {back}" if back != t else "lose the first frame's special place"
+    warnings.warn(
+        f"{t} frames {outcome}: the nearest good counts are {low} and {low + SAMPLE_BATCH} "
+        "(8k + 1); `pad_frames` reaches the next, `crop_frames` undoes it.",
+        stacklevel=3,
+    )
+
+
+__all__ = ["check_clip", "check_range", "crop_frames", "pad_frames", "warn_of_frames"]
