@@ -48,7 +48,7 @@ def main() -> None:
     options = _options()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    loss = training.ClipLoss(l1=1.0, l2=2.0, gradient=0.5)
+    loss = training.ClipLoss(l1=1.0, l2=4.0, gradient=0.2)
     trainer = training.Trainer(_optimiser(options), loss=loss, decay=0.997)
     state, saved = trainer.init(_start(options)), out / "state.eqx"
     if options.resume and saved.exists():
