@@ -1,9 +1,11 @@
 """Strict JAX, cached compilation, and what tests share."""
 
+import gc
 import itertools
 import os
 from pathlib import Path
 
+import equinox as eqx
 import hypothesis
 import jax
 import jaxtyping
@@ -13,6 +15,8 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 import eqx_cogvae as cv
 
 ROOT = Path(__file__).resolve().parents[1]
+_MAPS = Path("/proc/self/maps")
+_MANY_MAPS = 25_000
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,6 +36,20 @@ hypothesis.settings.register_profile(
     "local", database=DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / "examples"), **_OPTIONS
 )
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Forgets compiled programs before there are too many.
+
+    XLA maps the kernels of a program for CPU into memory one by one, a gradient's by the
+    thousand, and Linux ends a process that asks for more than 65,530 maps.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+        eqx.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
