@@ -7,10 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._config import SAMPLE_BATCH, Config
+from ._pixels import LARGEST_SAMPLE
 from ._transforms import is_traced
-
-# Above what any normalised clip reaches, noise included, and far below pixel values up to 255.
-_LARGEST_SAMPLE = 16.0
 
 
 def pad_frames(video: Float[Array, "b t h w c"]) -> tuple[Float[Array, "b t2 h w c"], int]:
@@ -60,7 +58,7 @@ def check_range(video: Array) -> None:
     # A clip that is there may be a constant of a function that is being traced.
     with jax.ensure_compile_time_eval():
         largest = float(jax.device_get(jnp.max(jnp.abs(video))))
-    if largest > _LARGEST_SAMPLE:
+    if largest > LARGEST_SAMPLE:
         raise ValueError(
             f"video must lie in [-1, 1], got values up to {largest:g}: "
             "scale pixels by `x / 127.5 - 1`."

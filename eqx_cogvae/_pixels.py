@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
-# Above what any decoder gives, far below pixel values up to 255.
-_LARGEST_SAMPLE = 16.0
+# Above what any normalised clip reaches, noise included, and far below pixel values up to 255.
+LARGEST_SAMPLE = 16.0
 
 
 def one_clip(video: Any) -> Shaped[np.ndarray, "t h w 3"]:
@@ -36,11 +36,11 @@ def to_pixels(frame: Shaped[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
     largest = np.max(np.abs(frame), initial=0)
     if not np.isfinite(largest):
         raise ValueError("video holds NaN or infinite values; it was not written.")
-    if largest > _LARGEST_SAMPLE:
+    if largest > LARGEST_SAMPLE:
         raise ValueError(
             f"video must lie in [-1, 1], got values up to {largest:g}: scale by `x / 127.5 - 1`."
         )
     return np.rint((np.clip(frame, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
 
 
-__all__ = ["one_clip", "to_pixels"]
+__all__ = ["LARGEST_SAMPLE", "one_clip", "to_pixels"]

@@ -191,11 +191,10 @@ def _update(held: tuple[Trainer, Array, Key], state: TrainState) -> tuple[TrainS
         updates, optimiser = trainer.optimiser.update(grads, state.optimiser, trained)
     trained = eqx.apply_updates(trained, updates)
     decay = jnp.minimum((1 + state.step) / (10 + state.step), trainer.decay)
-    average, _ = trainer._split(state.average)
+    # What is frozen goes back as the buffers it came in.
+    average, still = trainer._split(state.average)
     average = jax.tree.map(lambda a, p: _mixed(a, p, decay), average, trained)
     metrics["gradient_norm"] = _norm(grads)
-    # What is frozen goes back as the buffers it came in.
-    _, still = trainer._split(state.average)
     model, average = eqx.combine(trained, frozen), eqx.combine(average, still)
     return TrainState(model, average, optimiser, state.step + 1), metrics
 
