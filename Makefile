@@ -5,8 +5,9 @@ ARGS ?=
 BIN := .venv/bin
 PINS := -c constraints.txt --build-constraint constraints.txt
 TESTED := '.[diffusers,video,train]' --group test
+NOTEBOOKS := $(patsubst notebooks/%.py,build/notebooks/%.ipynb,$(wildcard notebooks/*.py))
 
-.PHONY: help demo test test-full lint format clean
+.PHONY: help demo test test-full lint format docs docs-serve notebooks site clean
 
 help:
 	@echo 'make demo       reconstruct a clip, offline'
@@ -14,6 +15,9 @@ help:
 	@echo 'make test-full  the full-size tests'
 	@echo 'make lint       ruff and pyright'
 	@echo 'make format     mend what ruff can mend'
+	@echo 'make docs       the site, into site/; make docs-serve shows it while you write'
+	@echo 'make site       the site, looked at in Chromium'
+	@echo 'make notebooks  .ipynb files beside the notebooks, for Jupyter'
 	@echo 'ARGS="..." is handed on; PYTHON=... names another interpreter'
 
 demo: .venv/.demo
@@ -36,8 +40,25 @@ format: .venv/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/.docs $(NOTEBOOKS)
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: .venv/.docs $(NOTEBOOKS)
+	$(BIN)/python -m mkdocs serve $(ARGS)
+
+site: docs
+	$(BIN)/python tests/site/look.py site
+
+notebooks: .venv/.docs
+	$(BIN)/python -m jupytext --set-formats ipynb,py:percent --sync notebooks/*.py
+
+# The tests leave them here too: what they have executed is not executed again.
+build/notebooks/%.ipynb: notebooks/%.py $(wildcard eqx_cogvae/*.py) | .venv/.docs
+	mkdir -p build/notebooks
+	JAX_PLATFORMS=cpu $(BIN)/python -m jupytext --to notebook --execute --output $@ $<
+
 clean:
-	rm -rf .venv .jax_cache .hypothesis .pytest_cache .ruff_cache
+	rm -rf build site .venv .jax_cache .hypothesis .pytest_cache .ruff_cache
 
 .venv/.demo: .venv/.pip
 	$(BIN)/python -m pip install $(PINS) -e '.[video]'
@@ -50,6 +71,10 @@ clean:
 # What pyright reads the types of is installed too.
 .venv/.lint: .venv/.pip
 	$(BIN)/python -m pip install $(PINS) -e $(TESTED) --group dev
+	touch $@
+
+.venv/.docs: .venv/.pip
+	$(BIN)/python -m pip install $(PINS) -e $(TESTED) --group docs
 	touch $@
 
 # An older pip knows neither --group nor --build-constraint.

@@ -25,7 +25,7 @@ from ._layers import (
 )
 from ._posterior import DiagonalGaussian
 from ._transforms import framewise
-from ._types import Key
+from ._types import AnyArray, Key
 
 _MID_RESNETS = 2
 _OUT_EPS = 1e-6
@@ -259,7 +259,7 @@ class VAE(eqx.Module):
             z = pointwise_conv(z, self.post_quant_conv.weight, self.post_quant_conv.bias)
         return self.decoder(z, cache)
 
-    def encode(self, video: Float[Array, "b t h w c"]) -> DiagonalGaussian:
+    def encode(self, video: Float[AnyArray, "b t h w c"]) -> DiagonalGaussian:
         """Encodes a clip in frame batches of 8; the first takes the remainder.
 
         Counts of 8k + 1 frames round-trip; others warn. See `pad_frames`.
@@ -271,18 +271,20 @@ class VAE(eqx.Module):
         )
         check_range(video)
         warn_of_frames(video.shape[1], self.config)
-        return DiagonalGaussian.from_moments(framewise(self.encode_step, SAMPLE_BATCH)(video))
+        return DiagonalGaussian.from_moments(
+            framewise(self.encode_step, SAMPLE_BATCH)(jnp.asarray(video))
+        )
 
-    def decode(self, latents: Float[Array, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
+    def decode(self, latents: Float[AnyArray, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
         """Decodes a clip in frame batches of 2; the first takes the remainder. Not clipped.
 
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
         check_clip(latents, "latents", self.config.latent_channels, smallest=1)
-        return framewise(self.decode_step, LATENT_BATCH)(latents)
+        return framewise(self.decode_step, LATENT_BATCH)(jnp.asarray(latents))
 
     def __call__(
-        self, video: Float[Array, "b t h w c"], *, key: Key | None = None
+        self, video: Float[AnyArray, "b t h w c"], *, key: Key | None = None
     ) -> Float[Array, "b t2 h2 w2 c"]:
         """Reconstructs a clip from latents drawn with `key`, or from their mode without one."""
         posterior = self.encode(video)

@@ -4,14 +4,15 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from ._config import SAMPLE_BATCH, Config
 from ._pixels import LARGEST_SAMPLE
 from ._transforms import is_traced
+from ._types import AnyArray
 
 
-def pad_frames(video: Float[Array, "b t h w c"]) -> tuple[Float[Array, "b t2 h w c"], int]:
+def pad_frames(video: Float[AnyArray, "b t h w c"]) -> tuple[Float[AnyArray, "b t2 h w c"], int]:
     """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`."""
     t = video.shape[1]
     missing = (1 - t) % SAMPLE_BATCH
@@ -20,14 +21,14 @@ def pad_frames(video: Float[Array, "b t h w c"]) -> tuple[Float[Array, "b t2 h w
     return jnp.concatenate([video, jnp.repeat(video[:, -1:], missing, axis=1)], axis=1), t
 
 
-def crop_frames(video: Float[Array, "b t2 h w c"], t: int) -> Float[Array, "b t h w c"]:
+def crop_frames(video: Float[AnyArray, "b t2 h w c"], t: int) -> Float[AnyArray, "b t h w c"]:
     """The first `t` frames: undoes `pad_frames` after decoding."""
     if not 0 < t <= video.shape[1]:
         raise ValueError(f"cannot crop {video.shape[1]} frames to {t}.")
     return video[:, :t]
 
 
-def check_clip(x: Array, what: str, channels: int, *, smallest: int) -> None:
+def check_clip(x: AnyArray, what: str, channels: int, *, smallest: int) -> None:
     """Raises `ValueError` unless `x` is BTHWC, floating, and of `smallest` sides or more."""
     if x.ndim != 5:
         raise ValueError(
@@ -51,7 +52,7 @@ def check_clip(x: Array, what: str, channels: int, *, smallest: int) -> None:
         )
 
 
-def check_range(video: Array) -> None:
+def check_range(video: AnyArray) -> None:
     """Raises `ValueError` for pixel values, where the values are there to be seen."""
     if is_traced(video):
         return

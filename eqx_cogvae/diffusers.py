@@ -185,7 +185,7 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
 
     !!! Example
 
-        ```python
+        ```py
         vae = EqxAutoencoderKLCogVideoX.from_pretrained(
             "zai-org/CogVideoX-5b", torch_dtype=torch.bfloat16
         )

@@ -1,8 +1,8 @@
 """Trains the tiny VAE: python scripts/train_tiny.py --data DIR --out DIR [--resume].
 
 The mp4 clips of `--data`, at several sizes and strides in time, are mixed with procedural ones.
-Three stages: small crops of one encoder's batch; the same, larger; whole frames of two batches,
-so that the steady batches with their cache are trained as well. The state is saved every few
+Three stages of larger and larger crops, each of two frame batches, so that steady batches with
+their cache are trained as well as first ones. The state is saved every few
 minutes: a killed run goes on with `--resume`, to the same losses. `--out` then holds `tiny/`,
 the averaged weights in bfloat16 in diffusers' layout, and `figures.json`, what was measured.
 """
@@ -37,9 +37,9 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(0.72, 9, (64, 64), 4, (128, 192, 256)),
-    Stage(0.18, 9, (96, 128), 2, (128, 192, 256)),
-    Stage(0.10, 17, (128, 192), 1, (128, 160, 224)),
+    Stage(0.80, 17, (64, 64), 1, (128, 192, 256)),
+    Stage(0.16, 17, (96, 128), 1, (128, 192, 256)),
+    Stage(0.04, 17, (128, 192), 1, (128, 160, 224)),
 )
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     loss = training.ClipLoss(l1=1.0, l2=4.0, gradient=0.2)
-    trainer = training.Trainer(_optimiser(options), loss=loss, decay=0.997)
+    trainer = training.Trainer(_optimiser(options), loss=loss, decay=0.99)
     state, saved = trainer.init(_start(options)), out / "state.eqx"
     if options.resume and saved.exists():
         state = training.load_state(saved, state)
@@ -59,7 +59,7 @@ def main() -> None:
         stage, stop = _stage(step, options.steps)
         print(f"from step {step} on: {stage}", flush=True)
         for clips in _crops(stage, options).batches(step):
-            state, metrics = trainer.step(state, clips, key)
+            state, metrics = trainer.step(state, _recoloured(clips, options.seed, step), key)
             recent.append(jax.device_get(metrics))
             step += 1
             if step % 50 == 0:
@@ -142,6 +142,21 @@ def _crops(stage: Stage, options: argparse.Namespace) -> training.Crops:
         strides=(1, 2, 3),
         seed=options.seed,
     )
+
+
+def _recoloured(clips: np.ndarray, seed: int, step: int) -> np.ndarray:
+    """Half of the clips with their channels in another order, duller and brighter or darker.
+
+    Five videos have few colours; a step's are the same however often the run was resumed.
+    """
+    rng, out = np.random.default_rng((seed, step)), []
+    for clip in clips / np.float32(127.5) - 1:
+        if rng.random() < 0.5:
+            gain = rng.uniform(0.5, 1.0, size=3)
+            room = 1 - gain
+            clip = clip[..., rng.permutation(3)] * gain + rng.uniform(-room, room)
+        out.append(clip)
+    return np.stack(out).astype(np.float32)
 
 
 def _report(step: int, metrics: list[dict[str, Any]], seconds: float) -> None:

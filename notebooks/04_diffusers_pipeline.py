@@ -1,0 +1,453 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A diffusers pipeline
+#
+# You have a CogVideoX pipeline in torch, and want its VAE to run in JAX. Here you swap it: for text
+# to video, image to video and video to video, each beside the pipeline's own VAE with the same
+# weights. Then you see what crosses between torch and JAX, what is copied, and where gradients
+# flow. It runs offline, on a CPU, in under 60 seconds.
+
+# %%
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image
+
+import eqx_cogvae as cv
+from eqx_cogvae import video
+
+with warnings.catch_warnings(action="ignore"):  # progress bars miss the notebook's widgets
+    import diffusers
+    import transformers
+
+    from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX, to_jax, to_torch
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
+plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
+
+MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
+vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
+
+# %% [markdown]
+# ## Two VAEs, the same weights
+#
+# `EqxAutoencoderKLCogVideoX` stands in for diffusers' class: its methods, its attributes, its
+# config. Beside it we load diffusers' own class from the same files.
+
+# %%
+where = Path(cv.__file__).parent / "tiny" if MODEL == "tiny" else Path(MODEL)
+inside = None if (where / "config.json").exists() else "vae"
+
+ours = EqxAutoencoderKLCogVideoX(vae)
+theirs = diffusers.AutoencoderKLCogVideoX.from_pretrained(where, subfolder=inside).float().eval()
+
+assert isinstance(ours, type(theirs))  # what pipelines ask
+weights = theirs.state_dict()
+assert ours.state_dict().keys() == weights.keys()
+assert all(torch.equal(tensor, weights[name]) for name, tensor in ours.state_dict().items())
+print(f"{len(weights)} tensors, equal bit for bit")
+
+# %% [markdown]
+# A call goes there and back:
+#
+# ```
+# torch tensor (b, c, t, h, w) -> JAX array (b, t, h, w, c) -> compiled program
+#                                                                     |
+# torch tensor (b, c, t, h, w) <- JAX array (b, t, h, w, c) <---------+
+# ```
+#
+# What comes back are diffusers' own types, so `latent_dist.sample(generator)` draws the same random
+# numbers as ever. The two agree within 1e-5, in the norm of the difference over that of the result.
+
+
+# %%
+def distance(got, due):
+    """Relative, in L2."""
+    return float((got.double() - due.double()).norm() / due.double().norm())
+
+
+clip = video.procedural_clip(17, 96, 144, seed=100)  # (b, t, h, w, c)
+x = to_torch(jnp.asarray(clip))  # (b, c, t, h, w)
+
+with torch.no_grad():
+    posteriors = [each.encode(x).latent_dist for each in (ours, theirs)]
+    z = posteriors[1].mode()
+    decoded = [each.decode(z).sample for each in (ours, theirs)]
+draws = [each.sample(torch.Generator().manual_seed(1)) for each in posteriors]
+
+assert type(posteriors[0]) is type(posteriors[1])
+assert decoded[0].shape == x.shape
+for name, pair in {
+    "encode, mean": [each.mean for each in posteriors],
+    "encode, logvar": [each.logvar for each in posteriors],
+    "sample": draws,
+    "decode": decoded,
+}.items():
+    print(f"{name:15} {distance(*pair):.1e}")
+    assert distance(*pair) < 1e-5
+
+# %% [markdown]
+# ## A pipeline without a download
+#
+# The VAE is real; all around it is small and random: a transformer of one block, a text encoder,
+# and a tokenizer that knows seven words. Such a pipeline cannot draw what you ask for, and it need
+# not: we want to know whether it gives the same frames with either VAE. What it makes is noise. So
+# that there is something to see, a callback pulls its latents towards those of a clip we know.
+
+# %%
+HEIGHT, WIDTH, FRAMES = 96, 144, 17
+PROMPT = "a disc and slab drift over hills"
+channels, cell = vae.config.latent_channels, vae.config.spatial_compression
+
+
+def text_models():
+    """A T5 encoder of one layer, and a tokenizer of the prompt's words."""
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *PROMPT.split()])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=len(words), **sizes)
+    return {"tokenizer": tokenizer, "text_encoder": transformers.T5EncoderModel(config).eval()}
+
+
+def pipeline(kind, vae, in_channels=channels):
+    """A pipeline around `vae`, random but for it."""
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=in_channels,
+        out_channels=channels,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=WIDTH // cell,
+        sample_height=HEIGHT // cell,
+        sample_frames=FRAMES,
+        max_text_seq_length=8,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler()
+    pipe = kind(vae=vae, transformer=transformer.eval(), scheduler=scheduler, **text_models())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+known = theirs.config.scaling_factor * z.transpose(1, 2)  # pipelines have (b, t, c, h, w)
+
+
+def pulled(pipe, step, timestep, tensors):
+    """What a pipeline calls after each step: three quarters of the way to `known`."""
+    return {"latents": tensors["latents"].lerp(known, 0.75)}
+
+
+def generate(pipe, **arguments):
+    """Frames (b, t, h, w, c) in [-1, 1], as `eqx_cogvae` has them."""
+    arguments = {"num_inference_steps": 4, "max_sequence_length": 8} | arguments
+    generator = torch.Generator().manual_seed(0)
+    frames = pipe(prompt=PROMPT, generator=generator, output_type="pt", **arguments).frames
+    return frames.permute(0, 1, 3, 4, 2).numpy() * 2 - 1
+
+
+def swapped(pipe, **arguments):
+    """The frames with the pipeline's own VAE, and with ours in its place."""
+    before = generate(pipe, **arguments)
+    pipe.vae = ours
+    return before, generate(pipe, **arguments)
+
+
+def compare(title, before, after, *above):
+    """A film strip for each VAE, and their largest difference in a pixel."""
+    worst = np.abs(before - after).max() * 127.5
+    rows = [*above, before, after]
+    _, axes = plt.subplots(figsize=(7, 0.95 * len(rows) + 0.3))
+    axes.imshow(video.filmstrip(*rows, n=5))
+    axes.set_yticks([(i + 0.5) * HEIGHT for i in range(len(rows))])
+    axes.set_yticklabels([*["input"] * len(above), "diffusers' VAE", "ours"])
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title(f"{title}: at most {worst:.1e} of 255 grey levels apart")
+    plt.show()
+    assert worst < 0.1
+
+
+# %% [markdown]
+# ## Text to video
+#
+# The pipeline starts from noise, and meets the VAE once, at the end: `vae.decode`. The swap is one
+# assignment. Look at the two rows: the known clip under what the random transformer added, and the
+# same in both.
+
+# %%
+pipe = pipeline(diffusers.CogVideoXPipeline, theirs)
+text = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+before, after = swapped(pipe, **text, callback_on_step_end=pulled)
+compare("Text to video", before, after)
+
+# %% [markdown]
+# ## Image to video
+#
+# Here the VAE is met twice: one frame is encoded, to be laid beside the noise as more channels,
+# and a clip is decoded. One frame is a frame batch of its own, the smallest there is.
+
+# %%
+pixels = ((clip[0] + 1) * 127.5).round().astype(np.uint8)
+images = [Image.fromarray(each) for each in pixels]
+
+pipe = pipeline(diffusers.CogVideoXImageToVideoPipeline, theirs, in_channels=2 * channels)
+before, after = swapped(pipe, image=images[0], **text, callback_on_step_end=pulled)
+compare("Image to video", before, after)
+
+# %% [markdown]
+# ## Video to video
+#
+# Now a whole clip is encoded, noise is added to its latents, and what is left after the denoising
+# is decoded. With little noise (`strength=0.04`) no callback is needed: the scene shows through
+# what a random transformer could not remove.
+
+# %%
+pipe = pipeline(diffusers.CogVideoXVideoToVideoPipeline, theirs)
+scene = {"video": images, "height": HEIGHT, "width": WIDTH}
+scene |= {"strength": 0.04, "num_inference_steps": 50}
+before, after = swapped(pipe, **scene)
+compare("Video to video", before, after, clip)
+
+# %% [markdown]
+# ## The switches
+#
+# `enable_tiling`, `enable_slicing` and their counterparts work as they do in diffusers, the
+# arguments too. Inside, they choose what the next call is composed of: `cv.framewise` within
+# `cv.tiled` within `cv.sliced`. We decode a batch of two clips, one at a time, in tiles that are 72
+# pixels wide, overlap by a third, and are higher than the frame.
+
+# %%
+batch = torch.cat([z, z.flip(4)])[:, :, :3]  # the scene and its mirror image, nine frames
+for each in (ours, theirs):
+    each.enable_slicing()
+whole = ours.decode(batch).sample
+
+for each in (ours, theirs):
+    each.enable_tiling(144, 72, 1 / 3, 1 / 3)
+with torch.no_grad():
+    tiles = [each.decode(batch).sample for each in (ours, theirs)]
+print(f"tiled beside tiled in diffusers: {distance(*tiles):.1e}")
+print(f"tiled beside whole:              {distance(tiles[0], whole):.1e}")
+assert distance(*tiles) < 1e-5
+assert distance(tiles[0], whole) > 1e-3
+
+# %% [markdown]
+# The first number is rounding. The second is not: tiles do not see beyond their edges, in either
+# library. Look at the right picture: the difference jumps from tile to tile, and is largest in the
+# last, the narrowest ([tiling](03_tiling_and_memory.ipynb) tells why).
+
+# %%
+shown = [np.clip(each[0, :, 4].permute(1, 2, 0) / 2 + 0.5, 0, 1) for each in (whole, tiles[0])]
+apart = (tiles[0] - whole)[0].abs().mean(dim=(0, 1)) * 127.5
+figure, axes = plt.subplots(1, 3, figsize=(7.2, 1.9))
+for axis, picture, title in zip(axes, [*shown, apart], ["whole", "in tiles", "apart"], strict=True):
+    image = axis.imshow(picture, cmap="magma")
+    axis.set_title(title)
+    axis.set_xticks(range(0, WIDTH, 48))
+    axis.set_yticks(range(0, HEIGHT, 48))
+    axis.set_xlabel("pixels")
+figure.colorbar(image, ax=axes[2], label="grey levels of 255")
+plt.show()
+
+# %% [markdown]
+# Two things differ from diffusers: an overlap of 0.0 is honoured, and the result has the right size
+# for any tile. With tiles 64 wide and the usual overlaps diffusers rounds stride and crop apart:
+
+# %%
+sizes = {}
+for each in (ours, theirs):
+    each.disable_slicing()
+    each.enable_tiling(144, 64, 1 / 6, 1 / 5)
+    with torch.no_grad():
+        sizes[each] = tuple(each.decode(z[:, :, :1]).sample.shape[3:])
+    each.disable_tiling()
+print(f"of {HEIGHT}x{WIDTH} pixels diffusers makes {sizes[theirs]}, ours {sizes[ours]}")
+assert sizes[ours] == (HEIGHT, WIDTH)
+
+# %% [markdown]
+# ## What is copied, and what is not
+#
+# Tensors and arrays share memory by DLPack, as long as the bytes are in the right order. For video
+# torch's default order is not JAX's: there frames of one channel lie together, here the channels of
+# one pixel. `torch.channels_last_3d` is the order in which both agree.
+
+# %%
+contiguous = torch.rand(1, 3, 9, 16, 24)
+layouts = {
+    "vector, matrix, ...": torch.rand(6, 64),
+    "video, torch's default": contiguous,
+    "video, channels_last_3d": contiguous.contiguous(memory_format=torch.channels_last_3d),
+    "video, from to_torch": to_torch(jnp.asarray(clip)),
+    "video, one of a batch": x.repeat(2, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d)[1:],
+    "video, every other frame": x[:, :, ::2],
+}
+shares = {}
+for name, tensor in layouts.items():
+    array = to_jax(tensor)
+    back = to_torch(array)
+    shares[name] = array.unsafe_buffer_pointer() == tensor.data_ptr()
+    assert back.data_ptr() == array.unsafe_buffer_pointer()  # the way back never copies here
+    assert torch.equal(back, tensor)
+    print(f"{name:25} {'shared' if shares[name] else 'copied once'}")
+
+copied = [name for name, shared in shares.items() if not shared]
+assert copied == ["video, torch's default", "video, every other frame"]
+
+# %% [markdown]
+# So `vae.encode` of an ordinary batch of torch copies it once, and everything that comes out of the
+# VAE can go in again for nothing. Shared memory has a price: do not write to such a tensor in place
+# while the array is in use. Bits survive, also those of bfloat16; int64 and float64 are refused
+# while JAX has 64 bits off, rather than cut in silence.
+#
+# The weights are there once. They are JAX's; `state_dict` has views of them.
+
+# %%
+half = torch.randn(2, 5).to(torch.bfloat16)
+assert to_jax(half).dtype == jnp.bfloat16 and torch.equal(to_torch(to_jax(half)), half)
+
+held = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(ours.vae)}
+assert {tensor.data_ptr() for tensor in ours.state_dict().values()} == held
+assert all(a is b for a, b in zip(*map(jax.tree.leaves, (ours.vae, vae)), strict=True))
+print(f"{sum(leaf.nbytes for leaf in jax.tree.leaves(vae)) / 1e6:.1f} MB of weights, once")
+
+# %% [markdown]
+# ## Gradients
+#
+# They flow through `encode` and `decode` to the input, as torch's autograd has it, so that a guided
+# pipeline keeps working. Here we ask which latents the middle of the ninth frame depends on. Bright
+# cells matter most; the two maps should be one.
+
+# %%
+MIDDLE = (..., -1, slice(40, 56), slice(60, 84))  # of the last frame of nine
+
+
+def sensitivity(model):
+    """How the brightness of the middle changes with each latent."""
+    leaf = z[:, :, :3].clone().requires_grad_()
+    loss = model.decode(leaf).sample[MIDDLE].square().mean()
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+gradients = [sensitivity(each) for each in (ours, theirs)]
+print(f"gradients apart by {distance(*gradients):.1e}")
+assert distance(*gradients) < 1e-4
+
+figure, axes = plt.subplots(1, 2, figsize=(7, 2.3), sharey=True)
+for axis, gradient, title in zip(axes, gradients, ["ours", "diffusers'"], strict=True):
+    size = gradient[0].square().sum(dim=(0, 1)).sqrt()
+    image = axis.imshow(size / size.max(), cmap="magma", vmin=0, vmax=1)
+    axis.set_title(f"{title}: gradient norm, relative")
+    axis.set_xlabel("latent columns")
+axes[0].set_ylabel("latent rows")
+figure.colorbar(image, ax=axes)
+plt.show()
+
+# %% [markdown]
+# What does not flow: there are no torch parameters to hold a gradient of the weights, and a second
+# derivative raises. `enable_gradient_checkpointing` keeps only the caches between frame batches.
+#
+# To train the weights, go to the side where they live: `ours.vae` is the Equinox module, and
+# `to_jax` takes a torch batch there. [Fine-tuning](06_finetune.ipynb) goes on from here.
+
+# %%
+assert sum(parameter.numel() for parameter in ours.parameters()) == 0
+
+error = jnp.mean(jnp.square(ours.vae.decode(to_jax(z)) - to_jax(x)))
+due = torch.nn.functional.mse_loss(decoded[1], x)
+np.testing.assert_allclose(error, due, rtol=1e-5)
+print(f"mean squared error {error:.4f} in JAX, {due:.4f} in torch")
+
+# %% [markdown]
+# ## Casts, and a pipeline on disk
+#
+# `pipe.to(torch.bfloat16)` casts the adapter along with the rest. The VAE that you gave it is a
+# PyTree, and as immutable as all PyTrees: the adapter holds a cast copy, yours is as it was.
+#
+# A saved pipeline names diffusers' class and holds its files. It loads without this package, or
+# with it, and the frames are the same.
+
+# %%
+cast = EqxAutoencoderKLCogVideoX(vae).to(torch.bfloat16)
+assert cast.dtype == torch.bfloat16 and vae.dtype == jnp.float32
+assert cast.decode(z[:, :, :1, :4, :4]).sample.dtype == torch.bfloat16
+
+with tempfile.TemporaryDirectory() as folder:
+    pipe.save_pretrained(folder)
+    index = json.loads(Path(folder, "model_index.json").read_text())
+    print("model_index.json says", index["vae"])
+    assert index["vae"] == ["diffusers", "AutoencoderKLCogVideoX"]
+    load = diffusers.CogVideoXVideoToVideoPipeline.from_pretrained
+    plain = load(folder)
+    again = EqxAutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
+    mixed = load(folder, vae=again)
+
+assert type(plain.vae) is diffusers.AutoencoderKLCogVideoX and mixed.vae is again
+for each in (plain, mixed):
+    each.set_progress_bar_config(disable=True)
+    frames = generate(each, **scene)
+    assert np.abs(frames - after).max() * 127.5 < 0.1
+
+# %% [markdown]
+# ## With the real model
+#
+# Nothing changes but the names. This needs the weights, and a machine for the transformer:
+#
+# ```python
+# import torch
+# from diffusers import CogVideoXPipeline
+# from diffusers.utils import export_to_video
+# from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX
+#
+# name = "zai-org/CogVideoX-5b"
+# vae = EqxAutoencoderKLCogVideoX.from_pretrained(name, torch_dtype=torch.bfloat16)
+# vae.enable_tiling()
+# pipe = CogVideoXPipeline.from_pretrained(name, vae=vae, torch_dtype=torch.bfloat16)
+# frames = pipe("a kitten in the grass", num_frames=49).frames[0]
+# export_to_video(frames, "kitten.mp4", fps=8)
+# ```
+#
+# On a GPU import `eqx_cogvae.diffusers` before JAX is first used: otherwise JAX takes three
+# quarters of the memory when it starts, and leaves torch with the rest. Several devices share a
+# frame with `mesh=cv.best_mesh(...)`, see [many devices](08_many_devices.ipynb).
+#
+# ## What to take away
+#
+# - `pipe.vae = EqxAutoencoderKLCogVideoX(vae)` is the whole swap. The frames are those of
+#   diffusers' VAE, to far less than a grey level.
+# - Methods, attributes and switches are diffusers'; sizes are right for any tile.
+# - Video crosses without a copy in `channels_last_3d`, which is how it comes back; torch's default
+#   order is copied once on the way in.
+# - Gradients reach the input. Weights are trained on JAX's side.
+# - Saved pipelines are diffusers' own.
+#
+# Next: [latents](05_latents.ipynb) looks at what lies between encoder and decoder, and
+# [numerics and speed](09_numerics_and_speed.ipynb) compares the two libraries layer by layer.

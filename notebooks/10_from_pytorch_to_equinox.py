@@ -1,0 +1,454 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # From PyTorch to Equinox
+#
+# For those who know diffusers' `AutoencoderKLCogVideoX`, or the earlier port of it to Flax: each
+# old call beside the new one, both run, and their results compared. Before that, Equinox in five
+# minutes, with the VAE as the example. It runs offline, on a CPU, in under 60 seconds.
+
+# %%
+import dataclasses
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import eqx_cogvae as cv
+from eqx_cogvae import training, video
+
+with warnings.catch_warnings(action="ignore"):  # progress bars miss the notebook's widgets
+    from diffusers import AutoencoderKLCogVideoX
+
+plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
+
+MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
+vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
+
+# %% [markdown]
+# ## Equinox in five minutes
+#
+# **A module is a PyTree.** In torch a module is an object that owns its parameters. In Equinox it
+# is a frozen dataclass whose fields are arrays and other modules: a tree, of which JAX knows how to
+# list the leaves, map over them, and build another. Nothing is registered, and nothing is hidden.
+
+# %%
+leaves = jax.tree.leaves(vae)
+print(f"{len(leaves)} arrays, {sum(leaf.size for leaf in leaves):,} parameters")
+print("fields:", [field.name for field in dataclasses.fields(vae)])
+print("one leaf:", vae.decoder.conv_in.conv.weight.shape, vae.decoder.conv_in.conv.weight.dtype)
+
+doubled = jax.tree.map(lambda leaf: 2 * leaf, vae)  # what torch needs a loop for
+assert isinstance(doubled, cv.VAE) and doubled.config is vae.config
+assert jnp.array_equal(doubled.decoder.conv_out.conv.bias, 2 * vae.decoder.conv_out.conv.bias)
+
+try:
+    vae.decoder = None
+except dataclasses.FrozenInstanceError as error:
+    print("assigning to a field:", error)
+
+# %% [markdown]
+# **Methods are functions of their module.** `vae.decode(latents)` is a function of two arguments,
+# both trees of arrays, and pure: nothing is kept from call to call. It compiles the step that it
+# repeats, once for a shape, with the weights as an argument of the program. Another VAE of the same
+# structure runs in the same program.
+
+# %%
+clip = jnp.asarray(video.procedural_clip(9, 64, 96, seed=100))  # (b, t, h, w, c)
+latents = vae.encode(clip).mode()
+decoded = vae.decode(latents)
+
+assert decoded.shape == clip.shape
+print(f"{clip.shape} -> {latents.shape} -> {decoded.shape}, {video.psnr(decoded, clip):.1f} dB")
+
+# %% [markdown]
+# **Surgery makes a new tree.** `eqx.tree_at` says where, and what goes there; all other leaves are
+# shared, not copied. We turn the last convolution's output channels around, so that red and blue
+# trade places. Look at the second row: the same clip, in the wrong colours. The first row is as it
+# was, for nobody has touched `vae`.
+
+
+# %%
+def last(vae):
+    """The leaves that write the colours."""
+    return vae.decoder.conv_out.conv.weight, vae.decoder.conv_out.conv.bias
+
+
+turned = eqx.tree_at(last, vae, replace_fn=lambda leaf: leaf[..., ::-1])
+wrong = turned.decode(latents)
+
+figure, axis = plt.subplots(figsize=(7, 2.0))
+axis.imshow(video.filmstrip(decoded, wrong, n=5))
+axis.set_yticks([32, 96], ["vae", "turned"])
+axis.set_xticks([])
+axis.tick_params(length=0)
+axis.spines[:].set_visible(False)
+plt.show()
+
+assert jnp.allclose(wrong, decoded[..., ::-1], atol=1e-5)
+assert jnp.array_equal(vae.decode(latents), decoded)
+assert turned.encoder.conv_in.conv.weight is vae.encoder.conv_in.conv.weight
+
+# %% [markdown]
+# **Freezing is splitting.** There is no `requires_grad`. `eqx.partition` cuts a tree in two by a
+# tree of booleans, or a function of leaves: each half has `None` where the other has an array. You
+# differentiate in one half, and join the two with `eqx.combine`. `eqx.filter_jit` and
+# `eqx.filter_value_and_grad` are JAX's own, but see to the leaves that are no arrays. Here the
+# decoder is trained, on the first frame alone, and the encoder is not.
+
+# %%
+names = jax.tree_util.tree_map_with_path(
+    lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), vae
+)
+chosen = jax.tree.map(lambda name: name.startswith("decoder."), names)
+trained, frozen = eqx.partition(vae, chosen)
+print(f"trained: {len(jax.tree.leaves(trained))} arrays, frozen: {len(jax.tree.leaves(frozen))}")
+
+
+@eqx.filter_jit
+@eqx.filter_value_and_grad
+def loss_and_gradient(trained, frozen, latents, clip):
+    """Mean squared error of decoding, and its gradient in the first argument."""
+    vae = eqx.combine(trained, frozen)
+    return jnp.mean(jnp.square(vae.decode(latents) - clip))
+
+
+still = latents[:, :1], clip[:, :1]
+loss, gradient = loss_and_gradient(trained, frozen, *still)
+assert jax.tree.structure(gradient) == jax.tree.structure(trained)
+
+updates = jax.tree.map(lambda leaf: -0.01 * leaf, gradient)
+after, _ = loss_and_gradient(eqx.apply_updates(trained, updates), frozen, *still)
+print(f"loss {loss:.5f}, after one step {after:.5f}")
+assert after < loss
+
+# %% [markdown]
+# That is all of it: trees, functions of trees, and functions of functions.
+#
+# ## Old call, new call
+#
+# Here is the whole table. Below, each line is run on both sides; `model` is diffusers' VAE, `x` and
+# `z` are tensors, `clip` and `latents` arrays.
+#
+# | what | diffusers | here |
+# |---|---|---|
+# | load | `Class.from_pretrained(p, torch_dtype=dtype)` | `cv.from_pretrained(p, dtype=dtype)` |
+# | weights | `model.state_dict()[name]` | the leaf whose path is `name` |
+# | layout | (b, c, t, h, w), kernels OIDHW | (b, t, h, w, c), kernels DHWIO |
+# | encode | `model.encode(x).latent_dist` | `vae.encode(clip)` |
+# | mode | `.mode()` | `.mode()` |
+# | sample | `.sample(generator)` | `.sample(key)` |
+# | decode | `model.decode(z).sample` | `vae.decode(latents)` |
+# | both | `model(x).sample` | `vae(clip)` |
+# | scale | `z * model.config.scaling_factor` | `vae.scale_latents(latents)` |
+# | slices | `model.enable_slicing()` | `cv.sliced(vae.decode)` |
+# | tiles | `model.enable_tiling(...)` | `cv.tiled(fn, size, overlap)`, `fn` as below |
+# | frame batch | `model.num_latent_frames_batch_size = n` | `cv.framewise(vae.decode_step, n)` |
+# | dtype | `model.to(torch.bfloat16)` | `jax.tree.map(lambda a: a.astype(jnp.bfloat16), vae)` |
+# | device | `model.to("cuda:1")` | `jax.device_put(vae, jax.devices()[1])` |
+# | freeze | `model.requires_grad_(False)` | `eqx.partition(vae, ...)` |
+# | gradient | `loss.backward()`, `p.grad` | `eqx.filter_value_and_grad(loss)(vae)` |
+# | remember less | `model.enable_gradient_checkpointing()` | `training.rematerialised(vae)` |
+# | mode of training | `model.train()`, `model.eval()` | none: nothing depends on it |
+# | save | `model.save_pretrained(p)` | `cv.save_pretrained(vae, p)` |
+
+# %%
+errors = {}
+
+
+def check(what, got, due, bar=1e-5):
+    """Notes how far two results are apart: relative, in L2."""
+    due = np.moveaxis(due.detach().numpy(), 1, -1) if isinstance(due, torch.Tensor) else due
+    got, due = np.asarray(got, np.float64), np.asarray(due, np.float64)
+    assert got.shape == due.shape, (got.shape, due.shape)
+    errors[what] = np.linalg.norm(got - due) / np.linalg.norm(due)
+    assert errors[what] < bar, (what, errors[what])
+
+
+# %% [markdown]
+# ### Load, and the names of the weights
+#
+# The path of a leaf in the tree, its parts joined by dots, is the tensor's name in diffusers. Only
+# kernels are laid out differently: input and output channels come last, as JAX likes them.
+
+# %%
+where = Path(cv.__file__).parent / "tiny" if MODEL == "tiny" else Path(MODEL)
+inside = None if (where / "config.json").exists() else "vae"
+model = AutoencoderKLCogVideoX.from_pretrained(where, subfolder=inside).float().eval()
+
+KERNELS = {5: (4, 3, 0, 1, 2), 4: (3, 2, 0, 1)}  # to torch's OIDHW and OIHW
+
+
+def in_torch_layout(leaf):
+    """A weight as torch has it."""
+    return np.transpose(leaf, KERNELS.get(leaf.ndim, range(leaf.ndim)))
+
+
+def by_name(tree):
+    """The leaves of a VAE, or of a gradient in one, in a dictionary like torch's."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+state = model.state_dict()
+ours = by_name(vae)
+assert ours.keys() == state.keys()
+for name, leaf in ours.items():
+    assert np.array_equal(in_torch_layout(leaf), state[name].numpy())
+
+name = "decoder.up_blocks.1.resnets.0.conv1.conv.weight"
+print(name)
+print("torch:", tuple(state[name].shape), " here:", ours[name].shape)
+assert ours[name] is vae.decoder.up_blocks[1].resnets[0].conv1.conv.weight
+
+# %% [markdown]
+# ### Layout, encode, decode
+#
+# Channels last: `np.moveaxis` in numpy, or `to_jax` and `to_torch` of `eqx_cogvae.diffusers`, which
+# do it without a copy where they can ([a diffusers pipeline](04_diffusers_pipeline.ipynb)).
+
+# %%
+x = torch.from_numpy(np.moveaxis(np.asarray(clip), -1, 1).copy())
+with torch.no_grad():
+    posterior = model.encode(x).latent_dist
+    z = posterior.mode()
+    check("encode, mode", vae.encode(clip).mode(), z)
+    check("encode, logvar", vae.encode(clip).logvar, posterior.logvar)
+    check("decode", vae.decode(latents), model.decode(z).sample)
+    check("both", vae(clip), model(x).sample)
+    check("scale", vae.scale_latents(latents), z * model.config.scaling_factor)
+
+# %% [markdown]
+# ### Random numbers by key
+#
+# `torch.Generator` is an object that changes with each draw. A key of JAX is a value: it is given,
+# it does not change, and the same key draws the same numbers. For others, split it. The two
+# libraries' numbers are not equal, their distributions are: fed with torch's noise, ours gives
+# torch's sample.
+
+# %%
+ours_posterior = vae.encode(clip)
+key = jax.random.key(0)
+one, two = jax.random.split(key)
+assert jnp.array_equal(ours_posterior.sample(key), ours_posterior.sample(key))
+assert not jnp.array_equal(ours_posterior.sample(one), ours_posterior.sample(two))
+
+noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+noise = np.moveaxis(noise.numpy(), 1, -1)
+drawn = posterior.sample(torch.Generator().manual_seed(0))
+check("sample", ours_posterior.mean + ours_posterior.std * noise, drawn)
+
+draws = jax.vmap(ours_posterior.sample)(jax.random.split(key, 1000))
+spread = jnp.std(draws, axis=0) / ours_posterior.std
+print(f"spread of 1000 samples over the posterior's own: {jnp.mean(spread):.3f}")
+assert abs(jnp.mean(spread) - 1) < 0.01
+
+# %% [markdown]
+# ### Switches become transforms
+#
+# In diffusers tiling and slicing are modes of the object, and stay until someone turns them off.
+# Here they are functions of functions. You hold both versions at once, and they nest.
+
+# %%
+batch = jnp.concatenate([latents, latents[:, ::-1]])
+batch_z = torch.from_numpy(np.moveaxis(np.asarray(batch), -1, 1).copy())
+with torch.no_grad():
+    model.enable_slicing()
+    check("slices", cv.sliced(vae.decode)(batch), model.decode(batch_z).sample)
+    model.disable_slicing()
+
+    model.enable_tiling(96, 48, 1 / 3, 1 / 3)  # in pixels
+    tiled = cv.tiled(cv.framewise(vae.decode_step, 2), (12, 6), (1 / 3, 1 / 3))  # in latent cells
+    check("tiles", tiled(latents[:, :1]), model.decode(z[:, :, :1]).sample)
+    model.disable_tiling()
+
+    model.num_latent_frames_batch_size = 1
+    check("frame batch of 1", cv.framewise(vae.decode_step, 1)(latents), model.decode(z).sample)
+    model.num_latent_frames_batch_size = 2
+
+# %% [markdown]
+# ### Dtype and device
+#
+# `to` changes a torch module in place. Here a cast, or a move, is a map over the tree, and makes
+# another one.
+
+# %%
+cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), vae)
+loaded = cv.from_pretrained(MODEL, dtype=jnp.bfloat16)
+assert cast.dtype == loaded.dtype == jnp.bfloat16 and vae.dtype == jnp.float32
+assert all(map(jnp.array_equal, jax.tree.leaves(cast), jax.tree.leaves(loaded)))
+
+moved = jax.device_put(vae, jax.devices()[0])
+assert moved.decoder.conv_in.conv.weight.devices() == {jax.devices()[0]}
+
+# %% [markdown]
+# ### Gradients
+#
+# Torch records the forward pass on a tape and leaves gradients in the parameters. JAX transforms
+# the function into another that returns them, as a tree of the same structure, which we made above.
+# Nothing has to be zeroed before, nor detached. Every gradient of the decoder is compared.
+
+
+# %%
+def check_gradient(what, gradient):
+    """Against torch's, tensor by tensor."""
+    got = {name: in_torch_layout(leaf) for name, leaf in by_name(gradient).items()}
+    assert got.keys() == due.keys()
+    flat = [np.concatenate([np.ravel(each[name]) for name in due]) for each in (got, due)]
+    check(what, *flat, bar=1e-4)
+    return max(np.linalg.norm(got[name] - due[name]) / np.linalg.norm(due[name]) for name in due)
+
+
+model.requires_grad_(False)
+model.decoder.requires_grad_(True)
+torch.nn.functional.mse_loss(model.decode(z[:, :, :1]).sample, x[:, :, :1]).backward()
+due = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+worst = check_gradient("gradient", gradient)
+print(f"{len(due)} gradients, the worst of them {worst:.1e} apart")
+assert worst < 1e-3
+
+# %% [markdown]
+# To keep less for the backward pass, and compute it again there, torch has a switch. Here are two
+# transforms, of finer and of coarser grain: `training.rematerialised` keeps only the inputs of each
+# resnet block, `eqx.filter_checkpoint` only those of a frame batch. They nest. The gradient is the
+# same.
+
+# %%
+
+
+@eqx.filter_jit
+@eqx.filter_grad
+def frugal(trained, frozen, latents, clip):
+    """The gradient above, for less memory."""
+    vae = training.rematerialised(eqx.combine(trained, frozen))
+    decode = cv.framewise(eqx.filter_checkpoint(vae.decode_step), 2)
+    return jnp.mean(jnp.square(decode(latents) - clip))
+
+
+by_block = frugal(trained, frozen, *still)
+worst = check_gradient("gradient, frugal", by_block)
+print(f"the worst of them {worst:.1e} apart")
+assert worst < 1e-3
+
+# %% [markdown]
+# ### Modes that are not there
+#
+# `train` and `eval` change nothing in this network: it has no dropout, and no norm that remembers.
+# So there is no counterpart.
+
+# %%
+with torch.no_grad():
+    training_mode = model.train().decode(z).sample
+    assert torch.equal(model.eval().decode(z).sample, training_mode)
+
+# %% [markdown]
+# ### Save, and back to diffusers
+#
+# The directory is diffusers' own, so what you train here runs there.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    cv.save_pretrained(turned, folder)
+    print(sorted(path.name for path in Path(folder).iterdir()))
+    back = AutoencoderKLCogVideoX.from_pretrained(folder).eval()
+    assert eqx.tree_equal(cv.from_pretrained(folder), turned)
+
+with torch.no_grad():
+    check("saved, loaded there", wrong, back.decode(z).sample)
+
+# %% [markdown]
+# ## All of it at a glance
+#
+# Each dot is one comparison from above. All should lie left of their bar: 1e-5, and 1e-4 for
+# gradients.
+
+# %%
+figure, axis = plt.subplots(figsize=(7, 3))
+rows = range(len(errors))
+axis.semilogx(list(errors.values()), rows, "o")
+bars = [1e-4 if "gradient" in what else 1e-5 for what in errors]
+axis.plot(bars, rows, "k|", markersize=12)
+axis.set_yticks(rows, list(errors))
+axis.invert_yaxis()
+axis.set_xlim(1e-8, 3e-4)
+axis.grid(axis="x", alpha=0.3)
+axis.set_xlabel("relative error (L2)")
+plt.show()
+
+# %% [markdown]
+# ## Where diffusers and this library part
+#
+# In three places diffusers does what one would not expect, and this library does not follow: tiles
+# of odd sizes give video of the wrong size there, an overlap of 0.0 is ignored, and `kl()` sums
+# over three of the four axes that it should. The first two are shown in [a diffusers
+# pipeline](04_diffusers_pipeline.ipynb) and [tiling](03_tiling_and_memory.ipynb). The third, here:
+
+# %%
+ours_kl, their_kl = ours_posterior.kl(), posterior.kl()
+print("here", ours_kl.shape, " diffusers", tuple(their_kl.shape))
+assert ours_kl.shape == (1,)
+check("kl", ours_kl, their_kl.numpy().sum(axis=-1))
+
+# %% [markdown]
+# ## From the Flax port
+#
+# [diffusers-tpu](https://github.com/yangwhale/diffusers-tpu) has an earlier port of this VAE, as a
+# module of Flax NNX, `FlaxAutoencoderKLCogVideoX`. It needs Flax and its own fork of diffusers, and
+# is not run here: the left column is read from its source (`autoencoder_kl_cogvideox_flax.py`,
+# December 2025). The right one is run.
+#
+# | what | Flax port, as read | here |
+# |---|---|---|
+# | load | `Class.from_pretrained(id, dtype=...)`, hub | `cv.from_pretrained(p, dtype=...)` |
+# | layout | (b, t, h, w, c), kernels DHWIO | the same |
+# | weights | kernels are named `kernel`, norms' weights `scale` | diffusers' names |
+# | encode | `mean, logvar = vae.encode(x)` | `vae.encode(x)`, with `.mean`, `.logvar` |
+# | sample | `vae(x, sample_posterior=True, rng=key)` | the same by `vae(x, key=key)` |
+# | decode | `vae.decode(z)`, clipped to [-1, 1] unless by tiles | `vae.decode(z)`, never clipped |
+# | tiles | `vae.enable_tiling(...)`, `vae.disable_tiling()` | `cv.tiled(...)` |
+# | frame batch | `vae.num_latent_frames_batch_size = n` | `cv.framewise(vae.decode_step, n)` |
+# | cache | a list, by position, inside of `decode` | returned by `decode_step`, a PyTree |
+#
+# If you come from there, mind three things. Encode your clips anew: diffusers is the reference
+# here, and the port's encoder was measured not to agree with it. Clip what you decode, where you
+# need it. And one latent frame decodes to one frame.
+
+# %%
+moments = ours_posterior.mean, ours_posterior.logvar
+assert moments[0].shape == moments[1].shape == latents.shape
+assert jnp.array_equal(vae(clip, key=key), vae.decode(ours_posterior.sample(key)))
+
+frame, cache = vae.decode_step(latents[:, :1])
+assert frame.shape == clip[:, :1].shape
+print(f"decoded values from {decoded.min():.2f} to {decoded.max():.2f}; one latent, one frame")
+print("the cache:", type(cache).__name__, cache._fields)
+
+# %% [markdown]
+# ## What to take away
+#
+# - A VAE is a tree of arrays. Casting, moving, freezing and editing are maps over it, and make
+#   another tree.
+# - The names are diffusers', the numbers are diffusers', the axes are not: channels come last.
+# - Modes became transforms, and random generators became keys.
+# - Weights go back and forth between the libraries, bit for bit.
+#
+# Next: [fine-tuning](06_finetune.ipynb) trains the decoder in earnest, and
+# [causality and the conv cache](02_causality_and_the_conv_cache.ipynb) explains `decode_step`.

@@ -1,0 +1,132 @@
+"""Opens the built site in Chromium: python tests/site/look.py SITE [--screenshots DIR].
+
+Every page loads without an error in its console and without a failed request, or one to another
+host; pictures are there; it fits a phone; links and anchors resolve; search and dark mode work.
+"""
+
+import argparse
+import functools
+import http.server
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+_WIDEST = "document.documentElement.scrollWidth"
+_PICTURES = "[...document.querySelectorAll('article img')].map(i => [i.src, i.naturalWidth])"
+_LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
+_IDS = "[...document.querySelectorAll('[id]')].map(e => e.id)"
+
+
+def main() -> int:
+    """Prints what is wrong; the exit status says whether anything is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("site", type=Path)
+    parser.add_argument("--screenshots", type=Path)
+    options = parser.parse_args()
+    if (chromium := shutil.which("chromium")) is None:
+        print("no chromium, the site was not looked at")
+        return 0
+    root, server = _served(options.site)
+    names = sorted(p.relative_to(options.site).as_posix() for p in options.site.rglob("*.html"))
+    names = [name for name in names if name != "404.html"]
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        wrong = _pages(browser, root, names, options.screenshots)
+        wrong += _search(browser, root) + _dark(browser, root)
+        browser.close()
+    server.shutdown()
+    print(*wrong, f"{len(names)} pages, {len(wrong)} faults", sep="\n")
+    return 1 if wrong else 0
+
+
+def _served(site: Path) -> tuple[str, http.server.ThreadingHTTPServer]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/", server
+
+
+def _pages(browser: Browser, root: str, names: list[str], pictures: Path | None) -> list[str]:
+    wrong, links, ids = [], {}, {}
+    for name in names:
+        page = browser.new_page(viewport=DESK)
+        page.on("console", lambda m, n=name: m.type == "error" and wrong.append(f"{n}: {m.text}"))
+        page.on("pageerror", lambda e, n=name: wrong.append(f"{n}: {e}"))
+        page.on("requestfailed", lambda r, n=name: wrong.append(f"{n}: failed {r.url[:100]}"))
+        page.on(
+            "request",
+            lambda r, n=name: (
+                r.url.startswith((root, "data:", "blob:")) or wrong.append(f"{n}: asks {r.url}")
+            ),
+        )
+        page.goto(root + name, wait_until="networkidle")
+        wrong += [f"{name}: no picture {src[:80]}" for src, w in page.evaluate(_PICTURES) if not w]
+        if name.startswith("notebooks/") and "index" not in name and not page.evaluate(_PICTURES):
+            wrong.append(f"{name}: has no pictures")
+        links[name], ids[name] = page.evaluate(_LINKS), set(page.evaluate(_IDS))
+        _shot(page, pictures, name)
+        page.set_viewport_size(PHONE)
+        if (width := page.evaluate(_WIDEST)) > PHONE["width"]:
+            wrong.append(f"{name}: {width} pixels wide on a phone of {PHONE['width']}")
+        _shot(page, pictures, f"phone-{name}")
+        page.close()
+    return wrong + _unresolved(browser, root, links, ids)
+
+
+def _unresolved(
+    browser: Browser, root: str, links: dict[str, list[str]], ids: dict[str, set[str]]
+) -> list[str]:
+    wrong, known, request = [], {}, browser.new_context().request
+    for name, targets in links.items():
+        for target in sorted({t for t in targets if t.startswith(root)}):
+            path, _, anchor = target.removeprefix(root).partition("#")
+            if (path := path or "index.html") not in known:
+                known[path] = request.get(root + path).status
+            if known[path] != 200:
+                wrong.append(f"{name}: leads to {path}, {known[path]}")
+            elif anchor and not anchor.startswith("__") and anchor not in ids.get(path, {anchor}):
+                wrong.append(f"{name}: leads to {path}#{anchor}, which is not there")
+    return wrong
+
+
+def _search(browser: Browser, root: str) -> list[str]:
+    page = browser.new_page(viewport=DESK)
+    page.goto(root, wait_until="networkidle")
+    page.click(".md-search__input")
+    page.type(".md-search__input", "framewise", delay=20)
+    try:
+        page.wait_for_selector(".md-search-result__item", timeout=15_000)
+    except Exception:
+        return ["search does not find framewise"]
+    finally:
+        page.close()
+    return []
+
+
+def _dark(browser: Browser, root: str) -> list[str]:
+    page = browser.new_page(viewport=DESK, color_scheme="light")
+    page.goto(root, wait_until="networkidle")
+    scheme = "document.body.getAttribute('data-md-color-scheme')"
+    before = page.evaluate(scheme)
+    page.click("form[data-md-component=palette] label:visible")
+    after = page.evaluate(scheme)
+    page.close()
+    return [] if (before, after) == ("default", "slate") else [f"dark mode: {before} to {after}"]
+
+
+def _shot(page: Page, folder: Path | None, name: str) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=folder / (name.replace("/", "-") + ".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The examples of docstrings, README and docs, run as they stand but for smaller numbers."""
+
+import ast
+import doctest
+import re
+import textwrap
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eqx_cogvae as cv
+from eqx_cogvae import training, video
+
+ROOT = Path(__file__).resolve().parents[1]
+# Blocks marked `py` instead are shown and not run: they need a network or a GPU.
+_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# What a reader has, and this machine has not, beside what stands for it.
+_SMALLER = {
+    '"zai-org/CogVideoX-2b"': '"tiny"',
+    "frames=49, size=(480, 720)": "frames=17, size=(64, 96)",
+    "(30, 45)": "(6, 8)",
+    "memory=16 * 2**30": "tile=(48, 64)",
+    "cv.best_mesh(latents.shape)": "cv.best_mesh(latents.shape, jax.devices()[:1])",
+}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def docstrings():
+    """Every docstring of the package that has an example, by where it is."""
+    for path in sorted((ROOT / "eqx_cogvae").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                if re.search(r"^\s*```python", text, re.MULTILINE):
+                    yield pytest.param(text, id=f"{path.stem}:{getattr(node, 'name', 'module')}")
+
+
+def blocks(text):
+    return [block for block in _BLOCK.findall(dedented(text)) if ">>>" not in block]
+
+
+def dedented(text):
+    """Examples in an admonition stand indented by four."""
+    return re.sub(r"^    (?=.)", "", text, flags=re.MULTILINE) if "    ```python" in text else text
+
+
+def run(text, names):
+    for long, short in _SMALLER.items():
+        text = text.replace(long, short)
+    exec(compile(textwrap.dedent(text), "example", "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def names():
+    """What an example may take for granted."""
+    vae = cv.from_pretrained("tiny", dtype=jnp.float32)
+    clip = jnp.asarray(video.procedural_clip(17, 64, 96))
+    return {
+        "clip": clip,
+        "cv": cv,
+        "eqx": eqx,
+        "jax": jax,
+        "jnp": jnp,
+        "key": jax.random.key(0),
+        "latents": vae.encode(clip).mode(),
+        "np": np,
+        "optax": optax,
+        "training": training,
+        "vae": vae,
+        "video": video,
+    }
+
+
+class _Crops:
+    def batches(self, start):
+        return [np.zeros((1, 9, 16, 16, 3), np.uint8)] * 2
+
+
+class _Writer:
+    def write(self, frames):
+        assert frames.ndim == 5
+
+
+@pytest.mark.parametrize("text", list(docstrings()))
+def test_docstrings(text, names):
+    small = cv.Config(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1)
+    small = cv.VAE(small, key=jax.random.key(0))
+    names = names | {"crops": _Crops(), "writer": _Writer()}
+    if "training.Trainer" in text:
+        names["vae"] = small
+    for block in blocks(text):
+        run(block, names)
+    examples = doctest.DocTestParser().get_doctest(text, dict(names), "example", None, None)
+    assert not doctest.DocTestRunner().run(examples).failed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages(page, names, tmp_path, monkeypatch):
+    """A page's blocks follow on each other."""
+    if not (found := blocks(page.read_text())):
+        pytest.fail(f"{page} has no example") if page.name == "README.md" else None
+    monkeypatch.chdir(tmp_path)
+    video.write("in.mp4", names["clip"], fps=8)
+    known = dict(names)
+    for block in found:
+        run(block, known)
