@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 import eqx_cogvae as cv
 from eqx_cogvae import video
@@ -155,7 +156,7 @@ with tempfile.TemporaryDirectory() as folder:
     restored = eqx.tree_deserialise_leaves(path, stream.cache)
 rest = [np.asarray(p) for p in cv.streamed(vae.decode_step, 2)(latents[:, 3:], cache=restored)]
 assert np.array_equal(np.concatenate(begun + rest, axis=1), np.asarray(whole))
-video.filmstrip(clip, whole, n=6)
+Image.fromarray(video.filmstrip(clip, whole, n=6))
 
 # %% [markdown]
 # ## What to take away

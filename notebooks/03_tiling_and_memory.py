@@ -113,7 +113,7 @@ assert ramp[:4].tolist() == [0.0, 0.25, 0.5, 0.75]
 # %% [markdown]
 # ## Overlap against quality
 #
-# More overlap brings tiles nearer to the whole, and costs more tiles.
+# Some overlap brings tiles nearer to the whole; more of it costs more tiles and gives little.
 
 # %%
 overlaps = [0.0, 0.125, 0.25, 0.5]
@@ -126,7 +126,7 @@ for x, y, overlap in zip(cost, nearness, overlaps, strict=True):
 axes.set(xlabel="arithmetic, tiles without overlap = 1", ylabel="PSNR to the whole decode, dB")
 figure.tight_layout()
 plt.show()
-assert nearness[-1] > nearness[0]
+assert min(nearness[1:]) > nearness[0]
 
 # %% [markdown]
 # Why are tiles not the same as the whole, however much they overlap? Norms. Their statistics run

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 import eqx_cogvae as cv
 from eqx_cogvae import video
@@ -108,7 +109,7 @@ assert min(errors) > 0
 other = jnp.asarray(video.procedural_clip(9, 96, 144, seed=1))
 ends = latents, encode(vae, other).mode()
 steps = [decode(vae, ends[0] + f * (ends[1] - ends[0])) for f in np.linspace(0, 1, 5)]
-video.filmstrip(jnp.stack([step[:, 0] for step in steps], axis=1), n=5)
+Image.fromarray(video.filmstrip(jnp.stack([step[:, 0] for step in steps], axis=1), n=5))
 
 # %%
 assert jnp.array_equal(steps[0], whole)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from PIL import Image
 
 import eqx_cogvae as cv
 from eqx_cogvae import training, video
@@ -92,7 +93,7 @@ assert video.psnr(after, clip) > start + 1
 # From above: the clip, before, after.
 
 # %%
-video.filmstrip(clip, before, after, n=5)
+Image.fromarray(video.filmstrip(clip, before, after, n=5))
 
 # %% [markdown]
 # The encoder has not moved by a bit, so latents that were encoded before still fit.

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
+from PIL import Image
 
 import eqx_cogvae as cv
 from eqx_cogvae import video
@@ -142,7 +143,7 @@ assert visible_psnr(after) > visible_psnr(before)
 # the part that the VAE gives to it.
 
 # %%
-video.filmstrip(clip * seen, before, after, n=5)
+Image.fromarray(video.filmstrip(clip * seen, before, after, n=5))
 
 # %% [markdown]
 # ## Guidance
@@ -173,7 +174,7 @@ def redness(decoded):
 plain_video, red_video = decode(vae, target), decode(vae, guided)
 print(f"redness {redness(plain_video):.3f} before, {redness(red_video):.3f} after")
 assert redness(red_video) > redness(plain_video)
-video.filmstrip(plain_video, red_video, n=5)
+Image.fromarray(video.filmstrip(plain_video, red_video, n=5))
 
 # %% [markdown]
 # ## What to take away

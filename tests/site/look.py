@@ -58,15 +58,7 @@ def _pages(browser: Browser, root: str, names: list[str], pictures: Path | None)
     wrong, links, ids = [], {}, {}
     for name in names:
         page = browser.new_page(viewport=DESK)
-        page.on("console", lambda m, n=name: m.type == "error" and wrong.append(f"{n}: {m.text}"))
-        page.on("pageerror", lambda e, n=name: wrong.append(f"{n}: {e}"))
-        page.on("requestfailed", lambda r, n=name: wrong.append(f"{n}: failed {r.url[:100]}"))
-        page.on(
-            "request",
-            lambda r, n=name: (
-                r.url.startswith((root, "data:", "blob:")) or wrong.append(f"{n}: asks {r.url}")
-            ),
-        )
+        _watch(page, root, name, wrong)
         page.goto(root + name, wait_until="networkidle")
         wrong += [f"{name}: no picture {src[:80]}" for src, w in page.evaluate(_PICTURES) if not w]
         if name.startswith("notebooks/") and "index" not in name and not page.evaluate(_PICTURES):
@@ -79,6 +71,19 @@ def _pages(browser: Browser, root: str, names: list[str], pictures: Path | None)
         _shot(page, pictures, f"phone-{name}")
         page.close()
     return wrong + _unresolved(browser, root, links, ids)
+
+
+def _watch(page: Page, root: str, name: str, wrong: list[str]) -> None:
+    """Notes errors in the console, and requests that fail or go to another host."""
+
+    def asked(url: str) -> None:
+        if not url.startswith((root, "data:", "blob:")):
+            wrong.append(f"{name}: asks {url}")
+
+    page.on("console", lambda m: m.type == "error" and wrong.append(f"{name}: {m.text}"))
+    page.on("pageerror", lambda error: wrong.append(f"{name}: {error}"))
+    page.on("requestfailed", lambda r: wrong.append(f"{name}: failed {r.url[:100]}"))
+    page.on("request", lambda r: asked(r.url))
 
 
 def _unresolved(
