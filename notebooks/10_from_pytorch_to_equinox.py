@@ -398,8 +398,8 @@ plt.show()
 #
 # In three places diffusers does what one would not expect, and this library does not follow: tiles
 # of odd sizes give video of the wrong size there, an overlap of 0.0 is ignored, and `kl()` sums
-# over three of the four axes that it should. The first two are shown in [a diffusers
-# pipeline](04_diffusers_pipeline.ipynb) and [tiling](03_tiling_and_memory.ipynb). The third, here:
+# over three of the four axes that it should. The first is shown in [a diffusers
+# pipeline](04_diffusers_pipeline.ipynb), the last here:
 
 # %%
 ours_kl, their_kl = ours_posterior.kl(), posterior.kl()
