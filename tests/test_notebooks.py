@@ -45,11 +45,9 @@ def test_notebook(source):
 
 def test_a_false_claim_fails(tmp_path):
     source = tmp_path / "false.py"
-    jupytext.write(nbformat.v4.new_notebook(cells=[_cell("assert 1 + 1 == 3")]), source)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [nbformat.v4.new_code_cell("assert 1 + 1 == 3")]
+    jupytext.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), source)
     done = execute(source, tmp_path / "false.ipynb")
     assert done.returncode != 0
     assert "AssertionError" in done.stderr
-
-
-def _cell(code):
-    return nbformat.v4.new_code_cell(code)
