@@ -50,10 +50,10 @@ site: docs
 	$(BIN)/python tests/site/look.py site
 
 notebooks: .venv/.docs
-	$(BIN)/python -m jupytext --set-formats ipynb,py:percent --sync notebooks/*.py
+	$(BIN)/python -m jupytext --sync notebooks/*.py
 
 # The tests leave them here too: what they have executed is not executed again.
-build/notebooks/%.ipynb: notebooks/%.py $(wildcard eqx_cogvae/*.py) | .venv/.docs
+build/notebooks/%.ipynb: notebooks/%.py $(wildcard eqx_cogvae/*.py eqx_cogvae/tiny/*) | .venv/.docs
 	mkdir -p build/notebooks
 	JAX_PLATFORMS=cpu $(BIN)/python -m jupytext --to notebook --execute --output $@ $<
 

@@ -271,9 +271,8 @@ class VAE(eqx.Module):
         )
         check_range(video)
         warn_of_frames(video.shape[1], self.config)
-        return DiagonalGaussian.from_moments(
-            framewise(self.encode_step, SAMPLE_BATCH)(jnp.asarray(video))
-        )
+        moments = framewise(self.encode_step, SAMPLE_BATCH)(jnp.asarray(video))
+        return DiagonalGaussian.from_moments(moments)
 
     def decode(self, latents: Float[AnyArray, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
         """Decodes a clip in frame batches of 2; the first takes the remainder. Not clipped.

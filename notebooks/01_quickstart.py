@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -125,9 +121,8 @@ print(
 # - **Channels**: 3 colours become 16 channels.
 #
 # The picture shows which frames go into which latent frame. The first one is special so that an
-# image is a video of one frame. A latent frame sees more than its own four frames, but only
-# backwards within what has been encoded: [the next notebook](02_causality_and_the_conv_cache.ipynb)
-# looks at that.
+# image is a video of one frame. A latent frame sees more than its own four frames;
+# [the next notebook](02_causality_and_the_conv_cache.ipynb) shows what.
 
 
 # %%
@@ -135,7 +130,7 @@ def timeline(t):
     """Frames above, the latent frames that they share below."""
     step, count = config.temporal_compression, config.latent_frames(t)
     fig, ax = plt.subplots(figsize=(7.2, 1.9))
-    colors = plt.get_cmap("viridis")(np.linspace(0.15, 0.9, count))
+    colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.7, count))
     for i in range(t):
         owner = -(-i // step)
         ax.add_patch(plt.Rectangle((i + 0.06, 1.3), 0.88, 0.7, color=colors[owner], alpha=0.75))
@@ -243,8 +238,8 @@ assert min(by_frame) < quality < max(by_frame)
 # ## The mode or a sample
 #
 # Training a diffusion model on latents usually draws them; to look at a reconstruction one takes
-# the mode. Random numbers come from a key: the same key, the same sample. The posterior of a
-# trained VAE is narrow, so the picture hardly changes. [Latents](05_latents.ipynb) shows how narrow.
+# the mode. Random numbers come from a key: the same key, the same sample. The posterior is narrow,
+# so the picture hardly changes. [Latents](05_latents.ipynb) shows how narrow.
 
 # %%
 key = jax.random.key(0)

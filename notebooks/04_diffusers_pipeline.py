@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -227,13 +223,13 @@ compare("Image to video", before, after)
 # ## Video to video
 #
 # Now a whole clip is encoded, noise is added to its latents, and what is left after the denoising
-# is decoded. With little noise (`strength=0.04`) no callback is needed: the scene shows through
+# is decoded. With little noise (`strength=0.02`) no callback is needed: the scene shows through
 # what a random transformer could not remove.
 
 # %%
 pipe = pipeline(diffusers.CogVideoXVideoToVideoPipeline, theirs)
 scene = {"video": images, "height": HEIGHT, "width": WIDTH}
-scene |= {"strength": 0.04, "num_inference_steps": 50}
+scene |= {"strength": 0.02, "num_inference_steps": 100}
 before, after = swapped(pipe, **scene)
 compare("Video to video", before, after, clip)
 

@@ -9,9 +9,10 @@
 # %% [markdown]
 # # Inversion and guidance
 #
-# The decoder is differentiable, so pixels can ask latents to change. Here a clip has a hole; we
-# look for latents whose video agrees with what is left of it. Then a colour is asked for by a
-# gradient. Runs offline, in about a minute.
+# The decoder is differentiable, so pixels can tell latents how to change. Here a clip has a hole,
+# and we look for latents whose video agrees with the rest of it. You will see what a gradient
+# through a long clip costs in memory, why a prior is needed, and how a wish about pixels guides
+# latents. Runs offline, in about a minute.
 
 # %%
 import os
@@ -20,6 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import numpy as np
 import optax
 from PIL import Image
 
@@ -28,159 +30,250 @@ from eqx_cogvae import video
 
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
-clip = jnp.asarray(video.procedural_clip(9, 48, 64, seed=0))
+cell = vae.config.spatial_compression
 encode = eqx.filter_jit(lambda vae, x: vae.encode(x).mode())
+decode = eqx.filter_jit(lambda vae, z: vae.decode(z))
+
+
+def strip(*clips):
+    """Five frames of each clip, a row for each, enlarged."""
+    pixels = video.filmstrip(*clips, n=5)
+    size = (720, 720 * pixels.shape[0] // pixels.shape[1])
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+# %% [markdown]
+# ## A gradient through time
+#
+# `cv.framewise` makes a function of a clip from a function of one frame batch. Under `jax.grad` it
+# is a scan, and the backward pass needs what the forward pass computed: of every frame batch,
+# unless the step is checkpointed. Then it keeps caches and frames, and computes the rest again.
+
+
+# %%
+def error(latents, vae, target, checkpoint):
+    step = eqx.filter_checkpoint(vae.decode_step) if checkpoint else vae.decode_step
+    return jnp.mean((cv.framewise(step, 2)(latents) - target) ** 2)
+
+
+gradient = eqx.filter_jit(jax.grad(error))
+
+# %% [markdown]
+# We compile that gradient for 65 frames, which are eight frame batches, and read off the programs
+# what they reserve for temporaries. The latents are noise here, in the VAE's units. With many
+# batches a checkpoint saves much, with one or two nothing.
+
+# %%
+long = jnp.asarray(video.procedural_clip(65, 24, 32, seed=0))
+shape = vae.config.latent_frames(65), 24 // cell, 32 // cell, vae.config.latent_channels
+latents = vae.unscale_latents(jax.random.normal(jax.random.key(0), (1, *shape)))
+names = {False: "as it is", True: "checkpointed"}
+programs = {kept: gradient.lower(latents, vae, long, kept).compile() for kept in names}
+memory = {
+    kept: program.compiled.memory_analysis().temp_size_in_bytes / 2**20
+    for kept, program in programs.items()
+}
+figure, axes = plt.subplots(figsize=(7, 1.8), dpi=100)
+bars = axes.barh([names[kept] for kept in memory], memory.values(), color=["C0", "C1"])
+axes.bar_label(bars, fmt="%.0f", padding=3)
+axes.set(xlabel="temporaries, MiB", xlim=(0, 1.1 * max(memory.values())))
+axes.invert_yaxis()
+figure.tight_layout()
+plt.show()
+assert memory[True] < memory[False] / 2
+
+# %% [markdown]
+# The gradient itself is the same.
+
+# %%
+plain, checkpointed = (programs[kept](latents, vae, long, kept) for kept in names)
+difference = float(jnp.linalg.norm(checkpointed - plain) / jnp.linalg.norm(plain))
+print(f"checkpointed and plain gradients differ by {difference:.1e}, relative")
+assert difference < 1e-5
 
 # %% [markdown]
 # ## A hole
 #
-# `seen` is one where the video is known. The hole is filled with grey before encoding, so that the
-# latents we begin with believe in a grey box.
+# `seen` is one where the video is known and zero in the hole. We encode the clip with the hole in
+# it, and decode that: the grey box is a part of the picture now. From above: the clip, with its
+# hole, and decoded.
 
 # %%
-seen = jnp.ones((1, 1, *clip.shape[2:4], 1)).at[:, :, 16:32, 24:40].set(0.0)
+clip = jnp.asarray(video.procedural_clip(9, 40, 56, seed=0))
+seen = jnp.ones(clip.shape).at[:, :, 16:32, 24:40].set(0.0)
 begin = encode(vae, clip * seen)
-target = encode(vae, clip)
+before = decode(vae, begin)
+
+
+def rms(decoded, where):
+    squares = np.asarray(where * (jnp.clip(decoded, -1, 1) - clip) ** 2)
+    return float(np.sqrt(squares.sum() / where.sum()))
+
+
+print(f"RMS error: in the hole {rms(before, 1 - seen):.3f}, elsewhere {rms(before, seen):.3f}")
+strip(clip, clip * seen, before)
 
 # %% [markdown]
-# ## The gradient
+# ## What to ask for
 #
-# A clip goes through the framewise transform. The step is checkpointed: the backward pass computes
-# each frame batch again instead of keeping all of them, which matters for long clips.
+# We minimise over latents $z$, by Adam,
+#
+# $$\lVert m \cdot (D(z) - x) \rVert^2 + \lambda \lVert u \rVert^2
+# + \lambda \lVert \nabla u \rVert^2, \qquad u = (z - \mu) / \sigma,$$
+#
+# with means over all elements in place of sums. The first term is agreement with the clip $x$ where
+# the mask $m$ sees it. It says nothing about the hole. The others are a prior: latents are about as
+# large as those we begin with, by the mean $\mu$ and the deviation $\sigma$ of each channel, and
+# neighbours in time and space are alike.
 
 
 # %%
-def objective(latents, vae, clip, seen, begin, checkpoint=True):
-    step = eqx.filter_checkpoint(vae.decode_step) if checkpoint else vae.decode_step
-    decoded = cv.framewise(step, 2)(latents)
-    visible = jnp.sum(seen * (decoded - clip) ** 2) / (jnp.sum(seen) * clip.shape[1] * 3)
-    # Latents of one frame differ little from those around them: the hole is filled from its rim.
-    rough = sum(jnp.mean(jnp.diff(latents, axis=axis) ** 2) for axis in (2, 3))
-    return visible + 1e-4 * rough
+mean, std = jnp.mean(begin, (1, 2, 3), keepdims=True), jnp.std(begin, (1, 2, 3), keepdims=True)
 
 
-value_and_grad = eqx.filter_jit(jax.value_and_grad(objective))
-_, with_checkpoint = value_and_grad(begin, vae, clip, seen, begin)
-plain = eqx.filter_jit(jax.grad(lambda *args: objective(*args, checkpoint=False)))
-without = plain(begin, vae, clip, seen, begin)
-error = jnp.linalg.norm(with_checkpoint - without) / jnp.linalg.norm(without)
-print(f"checkpointed and plain gradients differ by {float(error):.1e}")
-assert error < 1e-5
+@eqx.filter_jit
+@eqx.filter_value_and_grad(has_aux=True)
+def objective(latents, vae, prior):
+    decoded = cv.framewise(eqx.filter_checkpoint(vae.decode_step), 2)(latents)
+    visible = jnp.sum(seen * (decoded - clip) ** 2) / jnp.sum(seen)
+    unit = (latents - mean) / std
+    rough = sum(jnp.mean(jnp.diff(unit, axis=axis) ** 2) for axis in (1, 2, 3))
+    hole = jnp.sum((1 - seen) * (decoded - clip) ** 2) / jnp.sum(1 - seen)
+    return visible + prior * (jnp.mean(unit**2) + rough), (visible, hole)
+
+
+def search(prior, steps=25):
+    optimiser = optax.adam(0.1)
+    latents, state, trace = begin, optimiser.init(begin), []
+    for _ in range(steps):
+        (_, errors), slope = objective(latents, vae, jnp.asarray(prior))
+        updates, state = optimiser.update(slope, state)
+        latents = optax.apply_updates(latents, updates)
+        trace.append([float(each) for each in errors])
+    return latents, np.sqrt(trace)
+
 
 # %% [markdown]
-# ## Memory of the gradient
+# ## With a prior and without
 #
-# What the compiler reserves for temporaries, for clips of more and more frame batches. Without
-# checkpoints memory grows with the clip; with them hardly.
+# The error of what is seen falls in either case. In the hole, which only we can look into, the
+# search without a prior goes wherever it likes.
 
 # %%
-frames = [3, 9]
-
-
-def temporaries(count, checkpoint):
-    z = jax.ShapeDtypeStruct((1, count, 4, 6, begin.shape[-1]), begin.dtype)
-    x = jax.ShapeDtypeStruct((1, vae.config.sample_frames(count), 32, 48, 3), begin.dtype)
-    hole = jax.ShapeDtypeStruct((1, 1, 32, 48, 1), begin.dtype)
-    weights, rest = eqx.partition(vae, eqx.is_array)
-
-    def loss(latents, weights, clip, hole):
-        model = eqx.combine(weights, rest)
-        return objective(latents, model, clip, hole, latents, checkpoint)
-
-    compiled = jax.jit(jax.grad(loss)).lower(z, weights, x, hole).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
-
-
-kept = [temporaries(count, False) for count in frames]
-again = [temporaries(count, True) for count in frames]
-figure, axes = plt.subplots(figsize=(7, 2.6), dpi=100)
-axes.plot(frames, kept, marker="o", label="as it is")
-axes.plot(frames, again, marker="o", label="checkpointed")
-axes.set(xlabel="latent frames", ylabel="temporaries, MiB", ylim=(0, None))
-axes.legend()
-figure.tight_layout()
-plt.show()
-assert again[-1] < kept[-1]
-
-# %% [markdown]
-# ## Inpainting
-#
-# Adam on the latents. Nothing is asked of the hole itself.
-
-# %%
-optimiser = optax.adam(5e-2)
-latents, state = begin, optimiser.init(begin)
-losses = []
-for _ in range(40):
-    loss, gradient = value_and_grad(latents, vae, clip, seen, begin)
-    updates, state = optimiser.update(gradient, state)
-    latents = latents + updates
-    losses.append(float(loss))
-figure, axes = plt.subplots(figsize=(7, 2.4), dpi=100)
-axes.semilogy(losses)
-axes.set(xlabel="step", ylabel="error of what is seen")
+found = {"no prior": search(0.0), "prior": search(1e-3)}
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), dpi=100, sharey=True)
+for name, (_, trace) in found.items():
+    axes[0].semilogy(trace[:, 0], label=name)
+    axes[1].semilogy(trace[:, 1], label=name)
+axes[0].set(xlabel="step", ylabel="RMS error", title="what is seen")
+axes[1].set(xlabel="step", title="in the hole")
+axes[1].legend()
 figure.tight_layout()
 plt.show()
 
 # %%
-decode = eqx.filter_jit(lambda vae, z: vae.decode(z))
-before, after = decode(vae, begin), decode(vae, latents)
-
-
-def visible_psnr(decoded):
-    return video.psnr(decoded * seen, clip * seen)
-
-
-print(f"what is seen: {visible_psnr(before):.2f} dB before, {visible_psnr(after):.2f} dB after")
-print(f"reconstruction of the clip without a hole: {visible_psnr(decode(vae, target)):.2f} dB")
-assert losses[-1] < losses[0]
-assert visible_psnr(after) > visible_psnr(before)
+free, after = (decode(vae, found[name][0]) for name in ("no prior", "prior"))
+whole = decode(vae, encode(vae, clip))
+rows = {"at first": before, "no prior": free, "prior": after, "clip without a hole": whole}
+for name, decoded in rows.items():
+    print(f"{name:20} hole {rms(decoded, 1 - seen):.3f}  elsewhere {rms(decoded, seen):.3f}")
+for decoded in (free, after):
+    assert rms(decoded, seen) < rms(before, seen)
+assert rms(after, 1 - seen) < 0.7 * rms(before, 1 - seen)
+assert rms(after, 1 - seen) < rms(free, 1 - seen)
 
 # %% [markdown]
-# From above: the clip with its hole, what it decoded to at first, and after the search. An
-# autoencoder knows how a picture looks nearby, not what a scene holds: it fits what is seen, and
-# only the rim of the hole changes. A diffusion model's prior belongs here; this gradient is
-# the part that the VAE gives to it.
+# From above: with its hole, decoded at first, found without a prior, and with it. The last row
+# fills the hole by what is around it. It knows how pictures look nearby, and not what was there:
+# for that, a diffusion model is the prior to have, and this gradient is what the VAE gives to it.
 
 # %%
-Image.fromarray(video.filmstrip(clip * seen, before, after, n=5))
+strip(clip * seen, before, free, after)
+
+# %% [markdown]
+# What is seen is now nearer to the clip than its plain reconstruction: a search finds better
+# latents than the encoder does. This is *inversion*, and with a mask of ones it works for any clip.
+
+# %%
+assert rms(after, seen) < rms(whole, seen)
 
 # %% [markdown]
 # ## Guidance
 #
-# The same gradient for any wish that can be written in pixels. Here: more red, and near to where it
-# began. A sampler does one such step between two of its own.
+# Any wish that can be written in pixels has a gradient by latents. A sampler of a diffusion model
+# takes a small step along it between two of its own, and so draws what is wished for. Here the wish
+# is more red, in the left half of the picture.
 
 
 # %%
+left = jnp.zeros(clip.shape[3]).at[: clip.shape[3] // 2].set(1.0)
+
+
+def redness(decoded, where):
+    red = decoded[..., 0] - jnp.mean(decoded[..., 1:], axis=-1)
+    return jnp.sum(red * where) / jnp.sum(jnp.broadcast_to(where, red.shape))
+
+
 @eqx.filter_jit
-def wish(z, vae, start):
-    decoded = cv.framewise(eqx.filter_checkpoint(vae.decode_step), 2)(z)
-    redness = jnp.mean(decoded[..., 0]) - jnp.mean(decoded[..., 1:])
-    return -redness + 1e-3 * jnp.mean((z - start) ** 2)
+@jax.grad
+def wish(latents, vae):
+    step = eqx.filter_checkpoint(vae.decode_step)
+    return redness(cv.framewise(step, 2)(latents), left)
 
 
-gradient_of = eqx.filter_jit(jax.grad(wish))
+target = encode(vae, clip)
 guided = target
-for _ in range(6):
-    slope = gradient_of(guided, vae, target)
-    guided = guided - 0.1 * slope / jnp.sqrt(jnp.mean(slope**2))
-
-
-def redness(decoded):
-    return float(jnp.mean(decoded[..., 0]) - jnp.mean(decoded[..., 1:]))
-
-
-plain_video, red_video = decode(vae, target), decode(vae, guided)
-print(f"redness {redness(plain_video):.3f} before, {redness(red_video):.3f} after")
-assert redness(red_video) > redness(plain_video)
-Image.fromarray(video.filmstrip(plain_video, red_video, n=5))
+slopes = []
+for _ in range(4):
+    slope = wish(guided, vae)
+    slopes.append(slope)
+    guided = guided + 0.08 * slope / jnp.sqrt(jnp.mean(slope**2))
 
 # %% [markdown]
+# Where the wish is felt. On the left the size of its gradient in each cell of the latents, on the
+# right how much the pixels have changed. Both reach over the middle, if only just: a cell is seen
+# by pixels around it, and norms see all of the frame.
+
+# %%
+plain, red = decode(vae, target), decode(vae, guided)
+felt = np.linalg.norm(slopes[0][0], axis=(0, 3))
+changed = np.sqrt(np.mean((np.asarray(red) - plain)[0] ** 2, axis=(0, 3)))
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.7), dpi=100, layout="constrained")
+for ax, values, label in zip(axes, (felt, changed), ("gradient", "RMS change"), strict=True):
+    figure.colorbar(ax.imshow(values, cmap="magma", vmin=0), ax=ax, label=label, shrink=0.8)
+axes[0].set(xlabel="column of latents", ylabel="row of latents")
+axes[1].set(xlabel="x, pixels", ylabel="y, pixels")
+plt.show()
+middle = changed.shape[1] // 2
+assert changed[:, :middle].mean() > 2 * changed[:, middle:].mean()
+
+# %% [markdown]
+# Above the clip as it was decoded, below with the wish.
+
+# %%
+print(f"redness on the left {redness(plain, left):.3f}, then {redness(red, left):.3f}")
+assert redness(red, left) > redness(plain, left) + 0.05
+strip(plain, red)
+
+# %% [markdown]
+# In a sampler the latents are those of the diffusion model, in its own units, and the wish is asked
+# of its guess at the clean latents:
+#
+# ```python
+# def wished(noisy, time):
+#     clean = guess(noisy, time)  # your model's
+#     step = eqx.filter_checkpoint(vae.decode_step)
+#     return redness(cv.framewise(step, 2)(vae.unscale_latents(clean)), left)
+#
+#
+# noisy = noisy + strength * jax.grad(wished)(noisy, time)
+# ```
+#
 # ## What to take away
 #
 # - `jax.grad` goes through `cv.framewise`, and `eqx.filter_checkpoint` around the step bounds its
-#   memory.
-# - A gradient by latents is a tool: for inversion, for guidance, for measuring what a frame sees.
+#   memory without a change to the gradient.
+# - What pixels do not determine, a prior must.
+# - A wish in pixels is a step in latents.
 #
 # Next: [many devices](08_many_devices.ipynb).

@@ -9,73 +9,101 @@
 # %% [markdown]
 # # Many devices
 #
-# One frame over eight devices, exactly: without seams, without a change to the model. The devices
-# are simulated on the CPU, the program is the one that real ones would run. Runs offline, in about
-# a minute.
+# One frame over eight devices, exactly: without seams, without a change to the model. You will see
+# who holds what, what moves between devices, and what each of them saves. The devices are simulated
+# on the CPU; the program is cut for them as it would be for real ones. Runs offline, in about a
+# minute.
 
 # %%
 import os
 
+# JAX reads this when it starts, so it comes first.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+import math
+import re
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 
 import eqx_cogvae as cv
-from eqx_cogvae import video
+from eqx_cogvae import training, video
 
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 clip = jnp.asarray(video.procedural_clip(9, 128, 128, seed=0))
 latents = eqx.filter_jit(lambda vae, x: vae.encode(x).mode())(vae, clip)
-decode = cv.framewise(vae.decode_step, 2)
-whole = eqx.filter_jit(decode)(latents)
 print(jax.device_count(), "devices, latents", latents.shape)
 assert jax.device_count() == 8
 
 # %% [markdown]
 # ## A mesh
 #
-# `cv.best_mesh` names axes for batch, height and width that divide the latents, with the shortest
-# edges between the parts.
+# A mesh is a grid of devices with a name for each axis. `cv.best_mesh` cuts a batch first, since
+# its elements have nothing to tell each other, and then height and width, such that the edges
+# between the parts are short. Here is one clip, so all eight devices share its frames.
 
 # %%
+for shape in (latents.shape, (8, *latents.shape[1:]), (2, *latents.shape[1:])):
+    print(shape, "->", dict(cv.best_mesh(shape).shape))
 mesh = cv.best_mesh(latents.shape)
-print(dict(mesh.shape))
-assert mesh.size == 8
+assert mesh.size == 8 and mesh.shape["batch"] == 1
 
 # %% [markdown]
 # ## Sharded
 #
-# `cv.sharded` is a transform as the others are. The result stays where it was made: each device
-# holds its part of every frame.
+# `cv.sharded` is a transform as the others are: function in, function out. We compile its result
+# for one, two, four and eight devices, and look at the programs before we run them.
 
 # %%
 AXES = {"batch": "batch", "height": "height", "width": "width"}
-result = cv.sharded(decode, mesh, **AXES)(latents)
-error = jnp.linalg.norm(np.asarray(result) - whole) / jnp.linalg.norm(whole)
-print(f"relative difference to one device: {float(error):.1e}")
-assert error < 1e-5
-assert len(result.sharding.device_set) == 8
+decode = cv.framewise(vae.decode_step, 2)
+
+
+def compiled(count):
+    mesh = cv.best_mesh(latents.shape, jax.devices()[:count])
+    return eqx.filter_jit(cv.sharded(decode, mesh, **AXES)).lower(latents).compile()
+
+
+COUNTS = (1, 2, 4, 8)
+programs = {count: compiled(count) for count in COUNTS}
 
 # %% [markdown]
-# Who holds what:
+# The same numbers come out, to rounding, as from a plain call that knows of no mesh.
 
 # %%
+whole = np.asarray(eqx.filter_jit(decode)(latents))
+results = {count: programs[count](latents) for count in COUNTS}
+for count, result in results.items():
+    error = np.linalg.norm(np.asarray(result) - whole) / np.linalg.norm(whole)
+    print(f"{count} devices: relative difference {error:.1e}")
+    assert error < 1e-5
+
+# %% [markdown]
+# ## Who holds what
+#
+# The result stays where it was made. On the left a frame, on the right the device that holds each
+# of its pixels.
+
+# %%
+result = results[8]
 owner = np.zeros(result.shape[2:4])
 for shard in result.addressable_shards:
-    rows, columns = shard.index[2:4]
-    owner[rows, columns] = shard.device.id
-figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), dpi=100)
+    owner[shard.index[2:4]] = shard.device.id
+figure, axes = plt.subplots(1, 2, figsize=(7, 3.3), dpi=100)
 axes[0].imshow(np.clip((np.asarray(result[0, 4]) + 1) / 2, 0, 1))
-image = axes[1].imshow(owner, cmap="tab10", vmin=-0.5, vmax=9.5)
+axes[1].imshow(owner, cmap="tab10", vmin=-0.5, vmax=9.5)
 axes[0].set_title("decoded by eight devices")
 axes[1].set_title("the device of each pixel")
+for device in range(8):
+    y, x = np.argwhere(owner == device).mean(axis=0)
+    axes[1].text(x, y, device, color="white", ha="center", va="center")
 for ax in axes:
     ax.axis("off")
 figure.tight_layout()
@@ -85,79 +113,142 @@ assert sorted(np.unique(owner)) == list(range(8))
 # %% [markdown]
 # ## What moves between devices
 #
-# XLA's partitioner puts in what is needed: rows that a convolution sees across an edge are sent to
-# the neighbour (collective-permute), moments of norms are summed over all (all-reduce). No device
-# ever gathers a whole frame. Counted in the compiled program of the first frame batch:
-
+# XLA's partitioner puts in what is needed. The rows and columns that a convolution sees across an
+# edge come from the neighbour: a *collective-permute*. The sums of a norm are added up over all
+# devices: an *all-reduce*. To bring a whole frame to one device would take an *all-gather*. Counted
+# in the compiled program, with what arrives at each device:
 
 # %%
-def compiled(mesh):
-    step = cv.sharded(lambda z: vae.decode_step(z)[0], mesh, **AXES)
-    return eqx.filter_jit(lambda z: step(z)).lower(latents).compile()
+KINDS = ("collective-permute", "all-reduce", "all-gather", "all-to-all")
+text = programs[8].compiled.as_text()
+lines = {
+    kind: [line for line in text.splitlines() if re.search(rf" {kind}(-start)?\(", line)]
+    for kind in KINDS
+}
 
 
-program = compiled(mesh)
-text = program.compiled.as_text()
-kinds = ("collective-permute", "all-reduce", "all-gather", "all-to-all")
-counts = {kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in kinds}
-print(counts)
-assert counts["collective-permute"] > 0
-assert counts["all-gather"] == counts["all-to-all"] == 0
+def size(line):
+    """The bytes of what an operation returns."""
+    types = re.split(rf" (?:{'|'.join(KINDS)})", line.split(" = ", 1)[1])[0]
+    shapes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", types)
+    return sum(
+        int(bits) // 8 * math.prod(map(int, s.split(",") if s else ())) for bits, s in shapes
+    )
+
+
+for kind, found in lines.items():
+    total = sum(map(size, found)) / 2**20
+    print(f"{kind:20}{len(found):5} operations {total:8.2f} MiB")
+frame = whole.nbytes / 2**20
+print(f"the decoded clip itself, whole: {frame:.2f} MiB")
+assert lines["collective-permute"] and not lines["all-gather"] and not lines["all-to-all"]
+# What is summed are the norms, and nothing else.
+assert lines["all-reduce"] and all("GroupNorm/reduce_sum" in line for line in lines["all-reduce"])
 
 # %% [markdown]
 # ## Memory per device
 #
-# What the compiler reserves for temporaries on each device, for one, two, four and eight of them.
+# What the compiler reserves for temporaries on each device, read off the same four programs. The
+# line is the first bar divided by the number of devices. The bars stay a little above it: each
+# device holds a rim of its neighbours' rows and columns besides its own.
 
 # %%
-numbers, sizes = (1, 2, 4, 8), []
-for number in numbers:
-    part = cv.best_mesh(latents.shape, jax.devices()[:number])
-    sizes.append(compiled(part).compiled.memory_analysis().temp_size_in_bytes / 2**20)
-figure, axes = plt.subplots(figsize=(7, 2.6), dpi=100)
-axes.bar([str(number) for number in numbers], sizes)
-axes.set(xlabel="devices", ylabel="temporaries per device, MiB")
+reserved = [programs[n].compiled.memory_analysis().temp_size_in_bytes / 2**20 for n in COUNTS]
+figure, axes = plt.subplots(figsize=(7, 2.8), dpi=100)
+bars = axes.bar([str(count) for count in COUNTS], reserved)
+axes.bar_label(bars, fmt="%.0f")
+axes.plot([reserved[0] / count for count in COUNTS], "k.--", label="shared out evenly")
+axes.set(xlabel="devices", ylabel="temporaries, MiB", ylim=(0, 1.15 * reserved[0]))
+axes.legend()
 figure.tight_layout()
 plt.show()
-assert sizes[-1] < sizes[0] / 4
+assert all(n * size < 1.5 * reserved[0] for n, size in zip(COUNTS, reserved, strict=True))
 
 # %% [markdown]
 # ## Not the same as tiles in parallel
 #
-# Tiles over devices need no exchange, and so do not know of each other: their norms differ, and
-# their edges. On the left the difference of tiles to the whole decode, on the right that of shards,
-# at the same scale.
+# Tiles need no exchange, and so do not know of each other: each normalises by its own moments, and
+# none sees beyond its edges. On the left the difference of tiles to the whole decode, on the right
+# that of shards, at the same scale. Black is no difference.
 
 # %%
 tiles = eqx.filter_jit(cv.tiled(decode, (8, 8), (0.25, 0.25)))(latents)
-figure, axes = plt.subplots(1, 2, figsize=(7, 3), dpi=100)
+figure, axes = plt.subplots(1, 2, figsize=(7, 3), dpi=100, layout="constrained")
 for ax, other, title in zip(axes, (tiles, result), ("tiles", "shards"), strict=True):
     difference = np.sqrt(np.mean((np.asarray(other) - whole)[0] ** 2, axis=(0, 3)))
-    ax.imshow(difference, cmap="magma", vmin=0, vmax=0.1)
+    image = ax.imshow(difference, cmap="magma", vmin=0, vmax=0.1)
     ax.set_title(f"{title}: {video.psnr(other, whole):.0f} dB to the whole")
     ax.axis("off")
-figure.tight_layout()
+figure.colorbar(image, ax=axes, label="RMS difference", extend="max")
 plt.show()
 assert video.psnr(result, whole) > video.psnr(tiles, whole) + 20
 
 # %% [markdown]
+# More on tiles in [tiling and memory](03_tiling_and_memory.ipynb). The two go together:
+# `cv.tiled(cv.sharded(decode, mesh, **AXES), ...)` shares each tile among all devices.
+#
+# ## What does not divide
+#
+# Every device gets an equal part, of two rows and two columns of latents or more. Another size is
+# refused, with sizes that would do.
+
+# %%
+try:
+    cv.sharded(decode, mesh, **AXES)(latents[:, :, :10])
+except ValueError as error:
+    message = str(error)
+print(message)
+assert "height of 10 does not divide" in message
+
+# %% [markdown]
+# ## Training with the batch over devices
+#
+# Give a mesh to the trainer, and a batch is cut among its devices. Each works on its clips, the
+# gradients are averaged, and all hold the same weights afterwards. To keep this short only the last
+# convolution learns, by a loss without noise; the step on one device is there to compare.
+
+
+# %%
+def loss(vae, clips, key):
+    del key
+    return training.l2(vae(clips), clips), {}
+
+
+clips = jnp.concatenate([jnp.asarray(video.procedural_clip(9, 32, 32, seed=i)) for i in range(8)])
+last = lambda name: name.startswith("decoder.conv_out.")  # noqa: E731
+states, metrics = {}, {}
+for name, over in {"one": None, "eight": cv.best_mesh((8, 3, 4, 4, 16))}.items():
+    trainer = training.Trainer(optax.sgd(0.1), loss, trainable=last, mesh=over)
+    states[name], metrics[name] = trainer.step(trainer.init(vae), clips, jax.random.key(0))
+    print(f"{name}:", {key: round(float(value), 6) for key, value in metrics[name].items()})
+for name in ("loss", "gradient_norm"):
+    assert np.isclose(metrics["one"][name], metrics["eight"][name], rtol=1e-4)
+weight = states["eight"].model.decoder.conv_out.conv.weight
+copies = [np.asarray(shard.data) for shard in weight.addressable_shards]
+assert len(copies) == 8 and all(np.array_equal(copy, copies[0]) for copy in copies)
+assert not np.array_equal(copies[0], vae.decoder.conv_out.conv.weight)
+
+# %% [markdown]
 # ## On real devices
 #
-# The same lines, without the flag at the top. On a machine with several GPUs, or a TPU host:
+# The same lines, without the flag at the top. On a machine with eight GPUs, or a TPU host with
+# eight chips, with the weights read onto all of them:
 #
 # ```python
-# mesh = cv.best_mesh((1, 13, 60, 90, 16))
+# mesh = cv.best_mesh((1, 13, 60, 90, 16))  # latents of 49 frames of 480x720
 # vae = cv.from_pretrained("zai-org/CogVideoX-5b", dtype=jnp.bfloat16, mesh=mesh)
 # decode = cv.sharded(cv.framewise(vae.decode_step, 2), mesh, **AXES)
+# decoded = decode(latents)
 # ```
 #
-# To train with the batch over devices, give the mesh to the trainer:
-# `training.Trainer(..., mesh=mesh)`.
+# The rows of a frame then travel over the links between the chips. We have run this on simulated
+# devices only.
 #
 # ## What to take away
 #
-# - Sharding is exact, and memory falls with the number of devices.
-# - The layers know nothing of it: it is a transform.
-# - Sides must divide, into two rows and columns of latents or more; the error lists sizes that do.
+# - Sharding is exact to rounding, and the memory of each device falls with their number.
+# - What moves is rims of activations and sums of norms, never a whole frame.
+# - The layers know nothing of it: it is a transform, and it nests in the others.
+# - A mesh given to a `Trainer` cuts the batch instead.
 #
 # Next: [numerics and speed](09_numerics_and_speed.ipynb).

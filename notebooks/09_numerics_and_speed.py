@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -205,10 +201,10 @@ for half, found in errors.items():
 
 # %% [markdown]
 # Look at the height of the points: all lie far below the bar of 1e-5, which is what the tests of
-# this library allow. Each layer rounds anew, and yet the errors hardly grow with depth. Points that
-# stand out are the second convolution of a block: once its result is added to the shortcut, the
-# next point is back among the others. And the distance between the libraries is about that of
-# either from float64: they differ because both round, not because they compute different things.
+# this library allow. Each layer rounds anew, and yet the errors grow little with depth. Where a
+# point stands out, it is mostly a single convolution's. And the distance between the libraries is
+# about that of either from float64: they differ because both round, not because they compute
+# different things.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 3), sharey=True)
@@ -296,9 +292,9 @@ for ours, other in zip(off["bfloat16", "ours"], off["bfloat16", "diffusers"], st
     assert ours <= other < 0.05
 
 # %% [markdown]
-# In float32 both are at the seventh digit, diffusers by a little the better. In bfloat16 both are
-# at the third, and ours is no further off: it takes the moments of its norms and the sums of its
-# convolutions in float32, and rounds once, after the activation.
+# In float32 both are at the seventh digit, and which is nearer depends on the weights and the clip.
+# In bfloat16 both are at the third, and ours is no further off: it takes the moments of its norms
+# and the sums of its convolutions in float32, and rounds once, after the activation.
 #
 # Does a third digit show? Not in the pictures. The map on the right has the difference, in
 # grey levels of 255.
@@ -369,15 +365,17 @@ timed = {
     "decode 17 frames": in_turns(lambda: vae.decode(latents), torch_decode),
     "gradient, 9 frames": in_turns(lambda: gradient(vae, few), torch_gradient),
 }
-print(f"{HEIGHT}x{WIDTH} pixels, float32, {torch.get_num_threads()} torch threads, fastest of each")
+print(f"{HEIGHT}x{WIDTH} pixels, float32, the fastest call of each")
+print(f"{os.cpu_count()} cores, wanted by {os.getloadavg()[0]:.1f} threads in the last minute")
 for name, times in timed.items():
     a, b = map(min, times)
     print(f"{name:20} ours {a:4.0f} ms, diffusers {b:4.0f} ms, diffusers / ours {b / a:.2f}")
 
 # %% [markdown]
 # Every dot is a call. Other work on the machine only ever adds to a time, so compare the leftmost
-# dots of two rows; if the others lie far to the right, the machine was busy, and the ratio is worth
-# little.
+# dots of two rows. Where the other dots of a row lie far to the right, or more threads wanted to
+# run than there are cores, the machine was busy, and the ratio is worth little: on a busy machine
+# we saw it several times as large.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 2.4))

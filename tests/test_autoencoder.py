@@ -280,6 +280,16 @@ def test_a_clip_may_be_a_constant_of_a_trace(small_pair):
         jax.jit(lambda scale: vae.encode(bright).mean * scale)(2.0)
 
 
+def test_clips_may_be_numpys(small_pair):
+    vae, _ = small_pair
+    video = np.clip(np.asarray(normal((1, 9, 16, 16, 3))), -1, 1)
+    mean = vae.encode(video).mean
+    assert jnp.array_equal(mean, vae.encode(jnp.asarray(video)).mean)
+    assert jnp.array_equal(vae.decode(np.asarray(mean)), vae.decode(mean))
+    with pytest.raises(ValueError, match=r"must lie in \[-1, 1\]"):
+        jax.jit(lambda scale: vae.encode(100 * np.ones_like(video)).mean * scale)(2.0)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

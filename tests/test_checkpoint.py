@@ -178,7 +178,10 @@ print(1024 * (kilobytes("VmHWM") - before), sum(leaf.nbytes for leaf in jax.tree
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not tell")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="peak memory is read from /proc, which this system lacks",
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_stays_within_the_weights_and_two_tensors(dtype, folder, tmp_path):
     config = cv.Config(block_out_channels=(192,), layers_per_block=1)

@@ -195,7 +195,8 @@ for i, moments in enumerate(cv.streamed(vae.encode_step, 8)(frames)):
 
 
 @pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="resident memory as Linux tells it"
+    not sys.platform.startswith("linux"),
+    reason="memory is read from /proc, which Linux has",
 )
 def test_two_thousand_frames_hold_their_memory_flat():
     """The frames are 98 MB, their latents 2 MB; from batch 50 to the last, nothing is kept."""

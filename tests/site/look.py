@@ -12,7 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 _WIDEST = "document.documentElement.scrollWidth"
@@ -109,7 +109,7 @@ def _search(browser: Browser, root: str) -> list[str]:
     page.type(".md-search__input", "framewise", delay=20)
     try:
         page.wait_for_selector(".md-search-result__item", timeout=15_000)
-    except Exception:
+    except TimeoutError:
         return ["search does not find framewise"]
     finally:
         page.close()
