@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from jaxtyping import Array, Float, Shaped
 
 from ._files import atomic
+from ._tensor_files import Stored, write_safetensors
 
 FORMAT = "eqx_cogvae.latents.1"
 _NAME = "latents"
-_LAYOUTS = ("BTHWC", "BCTHW")
+_LOGVAR = "logvar"
+_TENSORS = ("array", "logvar")
+LAYOUTS = ("BTHWC", "BCTHW")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _PICKLES = (b"PK\x03\x04", b"\x80")
 
@@ -32,6 +34,9 @@ class Latents:
     `array` is BTHWC, whatever the file's layout. `scaled` tells that it is in the diffusion
     model's units, by `scaling_factor`, rather than in the VAE's. `height`, `width` and `frames`
     are the video's, in pixels and before padding; `padded` is the frame count that was encoded.
+    `logvar`, where it is there, makes `array` the mean of a posterior. Of a dataset's clip,
+    `source` and `source_sha256` name the video, `start` its first frame, at `fps`, and `seed` the
+    `jax.random.key` that the latents were drawn with.
     """
 
     array: Float[np.ndarray, "b t h w c"]
@@ -44,23 +49,36 @@ class Latents:
     frames: int | None = None
     padded: int | None = None
     fingerprint: str | None = None
+    logvar: Float[np.ndarray, "b t h w c"] | None = None
+    source: str | None = None
+    source_sha256: str | None = None
+    start: int | None = None
+    seed: int | None = None
 
 
 def save_latents(path: str | os.PathLike, latents: Latents, *, layout: str = "BTHWC") -> None:
     """Writes latents as safetensors, atomically; `layout="BCTHW"` is diffusers' order of axes.
 
+    Equal latents give equal bytes.
+
     **Raises:** `ValueError` for NaN or infinite values, a wrong rank or dtype or layout.
     """
-    _check_layout(layout)
-    array = np.asarray(latents.array)
-    check_latents(array)
-    if layout == "BCTHW":
-        array = np.moveaxis(array, -1, 1)
-    fields = {k: v for k, v in vars(latents).items() if k != "array" and v is not None}
+    check_layout(layout)
+    tensors = {}
+    for name, array in ((_NAME, latents.array), (_LOGVAR, latents.logvar)):
+        if array is not None:
+            check_latents(array)
+            array = np.moveaxis(array, -1, 1) if layout == "BCTHW" else array
+            tensors[name] = _stored(np.ascontiguousarray(array))
+    fields = {k: v for k, v in vars(latents).items() if k not in _TENSORS and v is not None}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
-    metadata |= {"format": FORMAT, "layout": layout, "dtype": array.dtype.name}
+    metadata |= {"format": FORMAT, "layout": layout, "dtype": tensors[_NAME].dtype}
     with atomic(path) as partial:
-        partial.write_bytes(safetensors.numpy.save({_NAME: np.ascontiguousarray(array)}, metadata))
+        write_safetensors(partial, tensors, metadata)
+
+
+def _stored(array: np.ndarray) -> Stored:
+    return Stored(array.shape, array.dtype.name, lambda: array)
 
 
 def load_latents(
@@ -76,25 +94,26 @@ def load_latents(
     `FileNotFoundError`; `IsADirectoryError`.
     """
     if layout is not None:
-        _check_layout(layout)
-    array, metadata = _read(Path(path))
+        check_layout(layout)
+    (array, logvar), metadata = _read(Path(path))
     if array.ndim != 5:
         raise ValueError(f"latents in {path} must have five axes, got shape {array.shape}.")
     own = metadata.get("layout")
     if own is not None:
-        _check_layout(own)
+        check_layout(own)
     if own and layout and own != layout:
         raise ValueError(f"{path} says that its layout is {own}, asked to read it as {layout}.")
     layout = own or layout or _layout_of(path, array.shape, channels)
     if layout == "BCTHW":
         array = np.moveaxis(array, 1, -1)
+        logvar = None if logvar is None else np.moveaxis(logvar, 1, -1)
     if channels is not None and array.shape[-1] != channels:
         raise ValueError(
             f"latents in {path} have {array.shape[-1]} channels, the model has {channels}: "
             "decode them with the model that encoded them."
         )
     check_latents(array, f"latents in {path}")
-    return Latents(array, **_fields(path, metadata))
+    return Latents(array, logvar=logvar, **_fields(path, metadata))
 
 
 def check_latents(
@@ -121,6 +140,15 @@ def fingerprint(vae: eqx.Module) -> str:
 
     Weights count as rounded to bfloat16, so that a model and its bfloat16 copy agree.
     """
+    return _digest(vae, lambda leaf: leaf.astype(jnp.bfloat16).tobytes())[:12]
+
+
+def exact_fingerprint(vae: eqx.Module) -> str:
+    """As `fingerprint`, but by every bit of the weights and their dtype; 64 digits."""
+    return _digest(vae, lambda leaf: leaf.dtype.name.encode() + leaf.tobytes())
+
+
+def _digest(vae: eqx.Module, content: Callable[[np.ndarray], bytes]) -> str:
     digest = hashlib.sha256()
     config = getattr(vae, "config", None)
     if config is not None:
@@ -128,11 +156,11 @@ def fingerprint(vae: eqx.Module) -> str:
     leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(vae, eqx.is_array))
     for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
         digest.update(f"{name}{leaf.shape}".encode())
-        digest.update(np.asarray(leaf).astype(jnp.bfloat16).tobytes())
-    return digest.hexdigest()[:12]
+        digest.update(content(np.asarray(leaf)))
+    return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[np.ndarray, Mapping[str, str]]:
+def _read(path: Path) -> tuple[tuple[np.ndarray, np.ndarray | None], Mapping[str, str]]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, name a latents file in it.")
     if not path.exists():
@@ -157,15 +185,19 @@ def _read(path: Path) -> tuple[np.ndarray, Mapping[str, str]]:
             f"it holds {len(tensors)}: {', '.join(sorted(tensors)[:4])}."
         )
     entry: Any = tensors.get(_NAME) or next(iter(tensors.values()))
+    logvar = tensors.get(_LOGVAR) if _NAME in tensors else None
+    return (_array(path, entry), None if logvar is None else _array(path, logvar)), metadata
+
+
+def _array(path: Path, entry: Any) -> np.ndarray:
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"latents in {path} must be floating, got {entry['dtype']}.")
-    array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
-    return array.reshape(entry["shape"]), metadata
+    return np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def _check_layout(layout: str) -> None:
-    if layout not in _LAYOUTS:
-        raise ValueError(f"a layout is one of {', '.join(_LAYOUTS)}, got {layout!r}.")
+def check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"a layout is one of {', '.join(LAYOUTS)}, got {layout!r}.")
 
 
 def _layout_of(path: Any, shape: tuple[int, ...], channels: int | None) -> str:
@@ -195,6 +227,10 @@ def _fields(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
         "frames": int,
         "padded": int,
         "fingerprint": str,
+        "source": str,
+        "source_sha256": str,
+        "start": int,
+        "seed": int,
     }
     fields = {}
     for name in readers.keys() & metadata.keys():
@@ -213,4 +249,14 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-__all__ = ["FORMAT", "Latents", "check_latents", "fingerprint", "load_latents", "save_latents"]
+__all__ = [
+    "FORMAT",
+    "LAYOUTS",
+    "Latents",
+    "check_latents",
+    "check_layout",
+    "exact_fingerprint",
+    "fingerprint",
+    "load_latents",
+    "save_latents",
+]
