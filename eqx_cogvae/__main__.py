@@ -18,8 +18,9 @@ import eqx_cogvae as cv
 
 from . import _latents, video
 from ._config import LATENT_BATCH, SAMPLE_BATCH, frame_batches
+from ._dataset_commands import add_commands
 from ._files import atomic, check_writable
-from ._passes import STRIP, Comparison, Padding, Stopwatch, progress, timed
+from ._passes import STRIP, Comparison, Padding, Stopwatch, progress, timed, to_decode
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DEFAULT_FRAMES = 49
@@ -107,11 +108,7 @@ def _decode(options: argparse.Namespace) -> None:
             f"warning: these latents were encoded by model {record.fingerprint}, "
             f"and {options.model} is {mine}"
         )
-    array = jnp.asarray(record.array)
-    if record.scaled:
-        array = vae.unscale_latents(array)
-    count = vae.config.sample_frames(array.shape[1])
-    count = min(record.frames or count, count)
+    array, count = to_decode(vae, record)
     watch = Stopwatch()
     decoded = _decoded(vae, np.asarray(array), count, watch)
     _write(output, decoded, options.fps or record.fps or 8.0)
@@ -308,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--layout", choices=("BTHWC", "BCTHW"), help="where not said")
         else:
             _add_clip(command, seeded=run is _reconstruct)
+    add_commands(commands, _model, _note)
     return parser
 
 

@@ -4,9 +4,13 @@ import time
 from collections.abc import Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
+from ._autoencoder import VAE
 from ._config import SAMPLE_BATCH
+from ._latents import Latents
 from ._psnr import decibels, squared_error
 
 STRIP = 8
@@ -37,6 +41,15 @@ def timed(results: Iterable[jax.Array], watch: Stopwatch) -> Iterator[np.ndarray
                 return
             result = np.asarray(result)
         yield result
+
+
+def to_decode(vae: VAE, record: Latents) -> tuple[Array, int]:
+    """Latents in the VAE's units, and how many frames of what they decode to are the video's."""
+    array = jnp.asarray(record.array)
+    if record.scaled:
+        array = vae.unscale_latents(array)
+    count = vae.config.sample_frames(array.shape[1])
+    return array, min(record.frames or count, count)
 
 
 class Padding:
@@ -92,4 +105,4 @@ def progress(results: Iterable[np.ndarray], label: str, total: int | None) -> It
     return tqdm(results, label, total, unit="batch", disable=None)
 
 
-__all__ = ["STRIP", "Comparison", "Padding", "Stopwatch", "progress", "timed"]
+__all__ = ["STRIP", "Comparison", "Padding", "Stopwatch", "progress", "timed", "to_decode"]

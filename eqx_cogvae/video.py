@@ -108,6 +108,11 @@ def pictures(
     return _pictures(path, 0, None, size, fps)
 
 
+def check_installed() -> None:
+    """Raises `ImportError` without PyAV: worth asking before a long computation."""
+    _av()
+
+
 def write(
     path: str | os.PathLike,
     video: Frames | Iterable[Frames],
