@@ -62,7 +62,7 @@ class Decoder:
         if not path.exists():
             with result.timing("write"):
                 video.write(path, self._frames(array, count, result), fps=fps)
-            result.spent["write"] -= result.spent["decode"]
+            result.spend("write", -result.spent["decode"])
             result.written = 1
         known = {"source": item.name, "frames": count, "fps": fps, "encoded_by": record.fingerprint}
         result.clips = [item.fields | known | {"file": path.name}]

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -33,7 +32,7 @@ class Result:
     clips: list[Entry] = dataclasses.field(default_factory=list)
     written: int = 0
     problem: str | None = None
-    spent: Counter[str] = dataclasses.field(default_factory=Counter)
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def timing(self, what: str) -> Iterator[None]:
@@ -41,7 +40,10 @@ class Result:
         try:
             yield
         finally:
-            self.spent[what] += time.perf_counter() - begun
+            self.spend(what, time.perf_counter() - begun)
+
+    def spend(self, what: str, seconds: float) -> None:
+        self.spent[what] = self.spent.get(what, 0.0) + seconds
 
 
 class PixelStep(eqx.Module):
@@ -98,7 +100,7 @@ class Encoder:
                 self._finish(item, event, result)
             elif isinstance(event, Broken):
                 result.problem = event.reason
-        result.spent["decode"] = feed.seconds
+        result.spend("decode", feed.seconds)
         result.clips = [item.fields | entry for entry in result.clips]
         return result
 
@@ -193,7 +195,7 @@ def _timed(feed: Ahead, result: Result) -> Iterator[Any]:
         yield event
 
 
-def _on(vae: VAE, device: jax.Device) -> VAE:
+def _on(vae: VAE, device: Any) -> VAE:
     arrays, rest = eqx.partition(vae, eqx.is_array)
     return eqx.combine(jax.device_put(arrays, device), rest)
 

@@ -30,7 +30,7 @@ def encode_with_ray(
     **Raises:** `ImportError` without Ray.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError('`engine="ray"` needs Ray: pip install "eqx_cogvae[ray]".') from error
     if not ray.is_initialized():
@@ -56,7 +56,7 @@ class _Actor:
     """Holds the model from batch to batch, as an actor does."""
 
     def __init__(self, model: Any, store: Store, fingerprint: str, threads: int):
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         arrays, rest = eqx.partition(ray.get(model), eqx.is_array)
         vae = eqx.combine(jax.device_put(arrays), rest)

@@ -255,14 +255,14 @@ def _skipped(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def _summary(results: list[Result], seconds: float, names: tuple[str, ...]) -> Summary:
-    spent = sum((result.spent for result in results), Counter())
+    spent = {name: sum(result.spent.get(name, 0.0) for result in results) for name in names}
     return Summary(
         len(results),
         sum(len(result.clips) for result in results),
         sum(result.written for result in results),
         tuple((result.source, result.problem) for result in results if result.problem),
         seconds,
-        {name: spent[name] for name in names},
+        spent,
     )
 
 
