@@ -34,18 +34,20 @@ def encode_with_ray(
     except ImportError as error:
         raise ImportError('`engine="ray"` needs Ray: pip install "eqx_cogvae[ray]".') from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level="warning")
     accelerator, count = _accelerators(ray.cluster_resources())
     count = max(1, actors or count)
     model = ray.put(jax.tree.map(lambda x: np.asarray(x) if eqx.is_array(x) else x, vae))
     rows = [{"item": pickle.dumps(item)} for item in items]
     size = max(1, min(_BATCH, math.ceil(len(rows) / count)))
     data = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size))
+    # The caller shows progress of its own.
+    data.context.enable_progress_bars = False
     results = data.map_batches(
         _Actor,
         fn_constructor_args=(model, store, fingerprint(vae), threads),
         batch_size=size,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count, initial_size=count),
         **accelerator,
     )
     for row in results.iter_rows():

@@ -27,7 +27,14 @@ _SMALLER = {
     "memory=16 * 2**30": "tile=(48, 64)",
     "cv.best_mesh(latents.shape)": "cv.best_mesh(latents.shape, jax.devices()[:1])",
 }
-PAGES = ("README.md", "docs/api/index.md", "docs/index.md", "docs/memory.md", "docs/recipes.md")
+PAGES = (
+    "README.md",
+    "docs/api/index.md",
+    "docs/datasets.md",
+    "docs/index.md",
+    "docs/memory.md",
+    "docs/recipes.md",
+)
 
 
 def docstrings():
@@ -82,7 +89,8 @@ class _Writer:
 
 
 @pytest.mark.parametrize("text", list(docstrings()))
-def test_docstrings(text, names):
+def test_docstrings(text, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     small = cv.Config(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1)
     small = cv.VAE(small, key=jax.random.key(0))
     names = names | {"crops": _Crops(), "writer": _Writer()}

@@ -12,10 +12,10 @@ import jaxtyping
 import pytest
 
 import eqx_cogvae as cv
-from eqx_cogvae import diffusers, training, video
+from eqx_cogvae import dataset, diffusers, training, video
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("av", "diffusers", "huggingface_hub", "optax", "torch", "tqdm")
+HEAVY = ("av", "diffusers", "huggingface_hub", "optax", "ray", "torch", "tqdm")
 # Repeats of each import: the median is then steady beside other work on the machine.
 REPEATS = 5
 
@@ -64,7 +64,7 @@ def exported(module):
 
 
 @pytest.mark.parametrize(
-    "module", [cv, diffusers, training, video], ids=lambda module: module.__name__
+    "module", [cv, dataset, diffusers, training, video], ids=lambda module: module.__name__
 )
 def test_every_export_has_a_docstring(module):
     # A dataclass without one has its signature there.
