@@ -134,15 +134,19 @@ class Encoder:
             )
 
     def _latents(self, item: Item, clip: Begin, end: End, moments: np.ndarray) -> Latents:
-        posterior = DiagonalGaussian.from_moments(jnp.asarray(moments))
-        kind = self._store.settings.latents
-        array, seed = posterior.mean, None
-        if kind == "sample":
-            seed = self._store.seed(clip.sha256, clip.start)
-            array = posterior.sample(jax.random.key(seed))
+        array, _ = np.split(moments, 2, axis=-1)
+        kind, logvar, seed = self._store.settings.latents, None, None
+        # The mean alone is at hand: what JAX does, it would compile for each length anew.
+        if kind != "mode":
+            posterior = DiagonalGaussian.from_moments(jnp.asarray(moments))
+            if kind == "posterior":
+                logvar = np.asarray(posterior.logvar)
+            else:
+                seed = self._store.seed(clip.sha256, clip.start)
+                array = np.asarray(posterior.sample(jax.random.key(seed)))
         return Latents(
-            np.asarray(array),
-            logvar=np.asarray(posterior.logvar) if kind == "posterior" else None,
+            array,
+            logvar=logvar,
             seed=seed,
             scaling_factor=self._config.scaling_factor,
             invert_scale_latents=self._config.invert_scale_latents,

@@ -33,7 +33,10 @@ ENGINES = ("local", "ray")
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is: sources done of all, clips written, seconds passed."""
+    """How far a run is: sources done of all, clips written, seconds passed.
+
+    `fresh` counts the sources that gave new clips.
+    """
 
     sources: int
     of: int

@@ -44,6 +44,6 @@ def test_two_processes_give_what_one_gives():
         assert process.returncode == 0, err
         # gloo has its say as well.
         lines = [line.split() for line in out.splitlines() if not line.startswith("[Gloo]")]
-        assert lines[0] == "devices 4 of which mine 2".split()
+        assert lines[0] == ["devices", "4", "of", "which", "mine", "2"]
         assert [line[:2] for line in lines[1:]] == [["decode", "2"], ["encode", "2"]]
         assert all(float(line[2]) < 1e-5 for line in lines[1:]), out
