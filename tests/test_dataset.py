@@ -23,6 +23,7 @@ import eqx_cogvae as cv
 from eqx_cogvae import (
     __main__ as cli,
     _dataset_clips,
+    _dataset_commands,
     _dataset_encode,
     _dataset_sources,
     _latents,
@@ -521,6 +522,31 @@ def test_summary_and_progress(vae, videos, tmp_path):
     assert 0 < inner <= summary.seconds
     assert "seconds in encode" in str(summary) and "clips per second" in str(summary)
     assert dataset.Progress(1, 3, 0, 1.0).seconds_left is None
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    line = _dataset_commands._Line("clips")
+    line(dataset.Progress(1, 2, 3, 60.0, 1))
+    line(dataset.Progress(2, 2, 6, 120.0, 2))
+    assert capsys.readouterr().err == (
+        "\r1/2 sources, 3 clips, 0.05 clips/s, 0:01:00 left\x1b[K"
+        "\r2/2 sources, 6 clips, 0.05 clips/s, 0:00:00 left\x1b[K\n"
+    )
+
+
+def test_every_option_of_the_command(model, videos, tmp_path, capsys):
+    options = "--frames all --fps 6 --buckets 24x16 16x24 --latents sample --seed 3 --tail pad"
+    options += " --layout BCTHW --dtype bfloat16 --shard 1/2 --decoders 1"
+    options += " --format webdataset --per-tar 1"
+    assert run("encode-dataset", videos, tmp_path, "--model", model, *options.split()) == 0
+    (clip,) = lines(tmp_path / "manifest-1-of-2.jsonl")
+    assert (clip["source"], clip["file"]) == ("c.mp4", "latents-1-of-2-000000.tar")
+    assert (clip["frames"], clip["padded"], clip["fps"]) == (9, 9, 6.0)
+    assert (clip["shape"], clip["layout"]) == ([1, 4, 3, 2, 3], "BCTHW")
+    assert (clip["dtype"], clip["latents"]) == ("bfloat16", "sample") and clip["seed"] > 0
+    said = capsys.readouterr()
+    assert "clips                        1" in said.out and said.err == ""
 
 
 def test_decode_dataset(vae, videos, tmp_path, model, capsys):
