@@ -57,6 +57,22 @@ def test_metadata_is_what_others_can_read(tmp_path):
         assert list(file.keys()) == ["latents"]
 
 
+@pytest.mark.parametrize("layout", ["BTHWC", "BCTHW"])
+def test_a_posterior_and_its_source(layout, tmp_path):
+    latents = dataclasses.replace(
+        full(noise()), logvar=-noise(), source="é.mp4", source_sha256="0" * 64, start=49, seed=7
+    )
+    save_latents(tmp_path / "z.safetensors", latents, layout=layout)
+    read = load_latents(tmp_path / "z.safetensors", channels=4)
+    np.testing.assert_array_equal(read.array, latents.array)
+    np.testing.assert_array_equal(read.logvar, latents.logvar)
+    plain = {"array": latents.array, "logvar": latents.logvar}
+    assert dataclasses.replace(read, **plain) == latents
+    save_latents(tmp_path / "again.safetensors", read, layout=layout)
+    again = (tmp_path / "again.safetensors").read_bytes()
+    assert again == (tmp_path / "z.safetensors").read_bytes()
+
+
 def foreign(path, array, name="latents", metadata=None):
     safetensors.numpy.save_file({name: np.ascontiguousarray(array)}, path, metadata)
 
