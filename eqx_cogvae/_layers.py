@@ -100,18 +100,27 @@ class Affine(NamedTuple):
         y = (at_least_float32(x) - self.mean) * self.gain + self.bias
         if self.scale is None or self.shift is None:
             return y
-        scale, shift = (s.astype(y.dtype) for s in (self.scale, self.shift))
-        return _in_cells(lambda y, scale, shift: y * scale + shift, y, scale, shift)
+        scale, shift = (_nearest(s, x.shape[1:4]) for s in (self.scale, self.shift))
+        return y * scale.astype(y.dtype) + shift.astype(y.dtype)
 
-    def frame(self, i: Int[Array, ""], frames: int) -> "Affine":
-        """What it does to frame `i` of so many."""
+    def of_frame(
+        self, x: Float[Array, "b 1 h w c"], i: Int[Array, ""], frames: int
+    ) -> Float[Array, "b 1 h w c"]:
+        """The result for frame `i` of so many."""
         if self.scale is None or self.shift is None:
-            return self
+            return self(x)
         source = _nearest_frame(i, frames, self.scale.shape[1])
         scale, shift = (
             jax.lax.dynamic_slice_in_dim(s, source, 1, axis=1) for s in (self.scale, self.shift)
         )
-        return self._replace(scale=scale, shift=shift)
+        (h, w), (h2, w2) = x.shape[2:4], scale.shape[2:4]
+        if h % h2 or w % w2:
+            return self._replace(scale=scale, shift=shift)(x)
+        # Broadcast, a cell of pixels to each number: enlarged arrays would be there in full.
+        y = self._replace(scale=None, shift=None)(x)
+        cells = y.reshape(*y.shape[:2], h2, h // h2, w2, w // w2, -1)
+        scale, shift = (s.astype(y.dtype)[:, :, :, None, :, None] for s in (scale, shift))
+        return (cells * scale + shift).reshape(y.shape)
 
 
 class GroupNorm(eqx.Module):
@@ -363,7 +372,7 @@ def _loop_over_frames(act, norm, conv, x, cache, latents, skip):
 
     def normed(i):
         one = jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
-        return act(affine.frame(i, count)(one)).astype(x.dtype)
+        return act(affine.of_frame(one, i, count)).astype(x.dtype)
 
     def convolved(cache, i):
         y, cache = conv(normed(i), cache)
@@ -388,28 +397,20 @@ def _channels(c: Array) -> Array:
     return c[None, None, None, None]
 
 
-def _in_cells(fn: Callable[..., Array], y: Array, *small: Array) -> Array:
-    """`fn` of `y` and of small arrays resized to it, nearest neighbour.
+def _nearest(x: Array, size: tuple[int, ...]) -> Array:
+    """Resizes `(b, t, h, w, c)` to `size` of time, height and width.
 
     An odd number of frames above one takes its first from the first and the rest from the rest.
     """
-    (frames, h, w), (h2, w2) = y.shape[1:4], small[0].shape[2:4]
-    small = tuple(_nearest_frames(s, frames) for s in small)
-    if h % h2 or w % w2:
-        return fn(y, *(_repeat(_repeat(s, h, axis=2), w, axis=3) for s in small))
-    # Broadcast, a cell of pixels to each number: enlarged arrays would be there in full.
-    cells = y.reshape(*y.shape[:2], h2, h // h2, w2, w // w2, -1)
-    return fn(cells, *(s[:, :, :, None, :, None] for s in small)).reshape(y.shape)
-
-
-def _nearest_frames(x: Array, frames: int) -> Array:
+    frames, height, width = size
+    x = _repeat(_repeat(x, height, axis=2), width, axis=3)
     if frames > 1 and frames % 2 == 1:
         return jnp.concatenate([x[:, :1], _repeat(x[:, 1:], frames - 1, axis=1)], axis=1)
     return _repeat(x, frames, axis=1)
 
 
 def _nearest_frame(i: Array, frames: int, sources: int) -> Array:
-    """The frame of so many sources that `_nearest_frames` takes for frame `i` of so many frames."""
+    """The frame of so many sources that `_nearest` takes for frame `i` of so many frames."""
     if frames > 1 and frames % 2 == 1:
         return jnp.where(i == 0, 0, 1 + (i - 1) * (sources - 1) // (frames - 1))
     return i * sources // frames
