@@ -21,7 +21,7 @@ from ._layers import (
     ResnetCache,
     SpatialNorm,
     Upsample,
-    normalised,
+    normed_conv,
 )
 from ._posterior import DiagonalGaussian
 from ._transforms import framewise
@@ -140,7 +140,7 @@ class Encoder(eqx.Module):
             x, past = block(x, past)
             caches.append(past)
         x, mid_block = self.mid_block(x, mid_block)
-        x, conv_out = self.conv_out(normalised(self.norm_out, x, jax.nn.silu), conv_out)
+        x, conv_out = normed_conv(self.norm_out, jax.nn.silu, self.conv_out, x, conv_out)
         return x, EncoderCache(conv_in, tuple(caches), mid_block, conv_out)
 
 
@@ -179,7 +179,7 @@ class Decoder(eqx.Module):
         for block, past in zip(self.up_blocks, up_blocks, strict=True):
             x, past = block(x, past, latents=latents)
             caches.append(past)
-        x, conv_out = self.conv_out(normalised(self.norm_out, x, jax.nn.silu, latents), conv_out)
+        x, conv_out = normed_conv(self.norm_out, jax.nn.silu, self.conv_out, x, conv_out, latents)
         return x, DecoderCache(conv_in, mid_block, tuple(caches), conv_out)
 
 

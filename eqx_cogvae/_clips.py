@@ -14,7 +14,11 @@ from ._types import AnyArray
 
 
 def pad_frames(video: Float[AnyArray, "b t h w c"]) -> tuple[Float[AnyArray, "b t2 h w c"], int]:
-    """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`."""
+    """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`.
+
+    **Raises:** `ValueError` unless there are five axes.
+    """
+    _check_axes(video, "video", "channels")
     t = video.shape[1]
     missing = (1 - t) % SAMPLE_BATCH
     if not missing:
@@ -23,25 +27,25 @@ def pad_frames(video: Float[AnyArray, "b t h w c"]) -> tuple[Float[AnyArray, "b 
 
 
 def crop_frames(video: Float[AnyArray, "b t2 h w c"], t: int) -> Float[AnyArray, "b t h w c"]:
-    """The first `t` frames: undoes `pad_frames` after decoding."""
+    """The first `t` frames: undoes `pad_frames` after decoding.
+
+    **Raises:** `ValueError` for more frames than there are, or unless there are five axes.
+    """
+    _check_axes(video, "video", "channels")
     if not 0 < t <= video.shape[1]:
         raise ValueError(f"cannot crop {video.shape[1]} frames to {t}.")
     return video[:, :t]
 
 
 def check_clip(x: AnyArray, what: str, channels: int, *, smallest: int) -> None:
-    """Raises `ValueError` unless `x` is BTHWC, floating, and of `smallest` sides or more."""
-    if x.ndim != 5:
-        raise ValueError(
-            f"{what} must have five axes, (batch, frames, height, width, channels={channels}), "
-            f"got shape {x.shape}; add a batch axis with `[None]` if it lacks one."
-        )
+    """Raises unless `x` is an array, BTHWC, floating, and of `smallest` sides or more."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(f"{what} must be a JAX or NumPy array, got {_kind(x)}.")
+    _check_axes(x, what, f"channels={channels}")
     if x.shape[-1] != channels:
-        hint = f" or set a config with {x.shape[-1]} channels."
-        if x.shape[1] == channels:
-            hint = ": this looks like BCTHW, use `jnp.moveaxis(x, 1, -1)`."
         raise ValueError(
-            f"{what} must be BTHWC with {channels} channels last, got shape {x.shape}{hint}"
+            f"{what} must be BTHWC with {channels} channels last, got shape {x.shape}: "
+            f"{_channel_hint(x.shape, what, channels)}."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         hint = " scale pixels by `x / 127.5 - 1`." if what == "video" else " cast them."
@@ -53,8 +57,38 @@ def check_clip(x: AnyArray, what: str, channels: int, *, smallest: int) -> None:
         )
 
 
+def _check_axes(x: AnyArray, what: str, channels: str) -> None:
+    if x.ndim != 5:
+        raise ValueError(
+            f"{what} must have five axes, (batch, frames, height, width, {channels}), "
+            f"got shape {x.shape}; add a batch axis with `[None]` if it lacks one, and to grey "
+            "video channels with `jnp.repeat(x[..., None], 3, -1)`."
+        )
+
+
+def _kind(x: object) -> str:
+    name = f"{type(x).__module__.partition('.')[0]}'s {type(x).__name__}"
+    if type(x).__name__ == "DiagonalGaussian":
+        return f"{name}: take its `.mode()` or `.sample(key)`"
+    if name.startswith("torch"):
+        return f"{name}: `eqx_cogvae.diffusers.to_jax` makes it BTHWC"
+    return name
+
+
+def _channel_hint(shape: tuple[int, ...], what: str, channels: int) -> str:
+    if shape[1] == channels:
+        return "this looks like BCTHW, use `jnp.moveaxis(x, 1, -1)`"
+    if what == "latents":
+        return "is this a video? `encode` makes latents"
+    hints = {
+        1: f"repeat grey video with `jnp.repeat(x, {channels}, -1)`",
+        4: "drop an alpha channel with `x[..., :3]`",
+    }
+    return hints.get(shape[-1], f"the model's config says `in_channels={channels}`")
+
+
 def check_range(video: AnyArray) -> None:
-    """Raises `ValueError` for pixel values, where the values are there to be seen."""
+    """Raises `ValueError` for pixel values or NaN, where the values are there to be seen."""
     if is_traced(video):
         return
     # NumPy's clips are looked at where they are.
@@ -62,6 +96,8 @@ def check_range(video: AnyArray) -> None:
     # A clip that is there may be a constant of a function that is being traced.
     with jax.ensure_compile_time_eval():
         largest = float(jax.device_get(xp.max(xp.abs(video))))
+    if not np.isfinite(largest):
+        raise ValueError("video holds NaN or infinite values.")
     if largest > LARGEST_SAMPLE:
         raise ValueError(
             f"video must lie in [-1, 1], got values up to {largest:g}: "

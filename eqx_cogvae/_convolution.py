@@ -17,6 +17,9 @@ from ._types import at_least_float32
 
 VARIANTS = ("cpu", "default")
 
+LARGE = 2**24
+"""Elements from which on an array is worked on frame by frame."""
+
 Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and behind, of height and of width."""
 
@@ -48,6 +51,23 @@ def _per_platform(cpu: Callable, default: Callable, *args: Array, variant: str |
 
     chosen.defvjp(forward, backward)
     return chosen(*args)
+
+
+def is_large(x: Float[Array, "b t *rest"]) -> bool:
+    """Whether the frames of `x` are worked on one by one."""
+    return x.shape[1] > 1 and x.size >= LARGE
+
+
+def map_frames(fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]) -> Array:
+    """`fn`, which takes frames one by one, of large arrays one after another.
+
+    What it makes of them on its way is then there for one frame at a time.
+    """
+    if not is_large(x):
+        return fn(x)
+    frames = jnp.moveaxis(x, 1, 0)[:, :, None]
+    _, y = lax.scan(lambda _, frame: (None, fn(frame)[:, 0]), None, frames)
+    return jnp.moveaxis(y, 0, 1)
 
 
 def causal_conv(
@@ -85,6 +105,8 @@ def valid_conv(
     """A 3D convolution, valid in time, with zero `pads` of height and width."""
 
     def direct(x, kernel, bias):
+        if x.shape[1] == kernel.shape[0]:
+            return _biased(_tap_by_tap(x, kernel, pads), bias)
         dims = ("NDHWC", "DHWIO", "NDHWC")
         padding = [(0, 0), *pads]
         y = lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=dims)
@@ -98,6 +120,26 @@ def valid_conv(
         return _biased(functools.reduce(jnp.add, parts), bias)
 
     return _per_platform(taps, direct, x, kernel, bias, variant=variant)
+
+
+def _tap_by_tap(x: Array, kernel: Array, pads: Pads) -> Array:
+    """The one frame that a valid convolution of as many frames as it has taps makes.
+
+    XLA for TPUs pads and lays out anew what it convolves: here one frame at a time.
+    """
+    accumulator = at_least_float32(x).dtype
+    parts = [
+        lax.conv_general_dilated(
+            x[:, i],
+            tap,
+            (1, 1),
+            pads,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=accumulator,
+        )
+        for i, tap in enumerate(kernel)
+    ]
+    return functools.reduce(jnp.add, parts)[:, None]
 
 
 def frame_conv(
@@ -118,7 +160,8 @@ def frame_conv(
     def default(x, kernel, bias):
         return _biased(_conv2d(x, kernel, stride, pads), bias)
 
-    return _per_platform(cpu, default, x, kernel, bias, variant=None)
+    apply = lambda x: _per_platform(cpu, default, x, kernel, bias, variant=None)  # noqa: E731
+    return map_frames(apply, x)
 
 
 def doubling_conv(
@@ -141,7 +184,8 @@ def doubling_conv(
     def phases(x, kernel, bias):
         return _biased(_phase_conv(at_least_float32(x), at_least_float32(kernel)), bias)
 
-    return _per_platform(phases, doubled, x, kernel, bias, variant=variant)
+    apply = lambda x: _per_platform(phases, doubled, x, kernel, bias, variant=variant)  # noqa: E731
+    return map_frames(apply, x)
 
 
 def _phase_conv(x: Array, kernel: Array) -> Array:
@@ -246,4 +290,13 @@ def _kernel_gradient(x: Array, cotangent: Array, sizes: tuple[int, int]) -> Arra
     return total.reshape(rows, columns, i, o)
 
 
-__all__ = ["VARIANTS", "causal_conv", "doubling_conv", "frame_conv", "pointwise_conv", "valid_conv"]
+__all__ = [
+    "VARIANTS",
+    "causal_conv",
+    "doubling_conv",
+    "frame_conv",
+    "is_large",
+    "map_frames",
+    "pointwise_conv",
+    "valid_conv",
+]

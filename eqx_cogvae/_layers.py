@@ -7,9 +7,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import named_scope
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ._convolution import causal_conv, doubling_conv, frame_conv, pointwise_conv, valid_conv
+from ._convolution import (
+    causal_conv,
+    doubling_conv,
+    frame_conv,
+    is_large,
+    pointwise_conv,
+    valid_conv,
+)
 from ._types import Key, at_least_float32
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -76,6 +83,46 @@ class CausalConv3d(eqx.Module):
         return valid_conv(jnp.pad(x, pads, mode="edge"), kernel, bias, ((0, 0), (0, 0))), None
 
 
+class Affine(NamedTuple):
+    """What a norm does to a pixel, once the moments are known.
+
+    `scale` and `shift` are read off at latent resolution, by nearest neighbour.
+    """
+
+    mean: Float[Array, "b _t 1 1 c"]
+    gain: Float[Array, "b _t 1 1 c"]
+    bias: Float[Array, "1 1 1 1 c"]
+    scale: Float[Array, "b t2 h2 w2 c"] | None = None
+    shift: Float[Array, "b t2 h2 w2 c"] | None = None
+
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
+        """The result in at least float32, not yet rounded to the dtype of `x`."""
+        y = (at_least_float32(x) - self.mean) * self.gain + self.bias
+        if self.scale is None or self.shift is None:
+            return y
+        scale, shift = (_nearest(s, x.shape[1:4]) for s in (self.scale, self.shift))
+        return y * scale.astype(y.dtype) + shift.astype(y.dtype)
+
+    def of_frame(
+        self, x: Float[Array, "b 1 h w c"], i: Int[Array, ""], frames: int
+    ) -> Float[Array, "b 1 h w c"]:
+        """The result for frame `i` of so many."""
+        if self.scale is None or self.shift is None:
+            return self(x)
+        source = _nearest_frame(i, frames, self.scale.shape[1])
+        scale, shift = (
+            jax.lax.dynamic_slice_in_dim(s, source, 1, axis=1) for s in (self.scale, self.shift)
+        )
+        (h, w), (h2, w2) = x.shape[2:4], scale.shape[2:4]
+        if h % h2 or w % w2:
+            return self._replace(scale=scale, shift=shift)(x)
+        # Broadcast, a cell of pixels to each number: enlarged arrays would be there in full.
+        y = self._replace(scale=None, shift=None)(x)
+        cells = y.reshape(*y.shape[:2], h2, h // h2, w2, w // w2, -1)
+        scale, shift = (s.astype(y.dtype)[:, :, :, None, :, None] for s in (scale, shift))
+        return (cells * scale + shift).reshape(y.shape)
+
+
 class GroupNorm(eqx.Module):
     """Normalises groups of channels over all frames of the batch, moments in float32."""
 
@@ -91,17 +138,23 @@ class GroupNorm(eqx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        return self.at_least_float32(x).astype(x.dtype)
+        return self.affine(x)(x).astype(x.dtype)
 
     @named_scope("eqx_cogvae.GroupNorm")
-    def at_least_float32(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        """The result before it is rounded to the dtype of `x`."""
-        grouped = at_least_float32(x).reshape(*x.shape[:4], self.groups, -1)
-        centred = grouped - _mean(grouped)
-        variance = _mean(jnp.square(centred))
-        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        weight, bias = self.weight.astype(y.dtype), self.bias.astype(y.dtype)
-        return y * _channels(weight) + _channels(bias)
+    def affine(self, x: Float[Array, "b t h w c"]) -> Affine:
+        """What the moments of `x` make of the norm."""
+        mean = self._mean(at_least_float32(x))
+        variance = self._mean(jnp.square(at_least_float32(x) - mean))
+        weight, bias = self.weight.astype(mean.dtype), self.bias.astype(mean.dtype)
+        gain = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
+        return Affine(mean, gain, _channels(bias))
+
+    def _mean(self, x: Array) -> Array:
+        # Row by row first: millions of float32 in one sum would lose digits, and take twice the
+        # time. Groups last: to split the channels of large arrays is to copy them.
+        by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2), keepdims=True)
+        by_group = jnp.mean(by_channel.reshape(x.shape[0], self.groups, -1), axis=2)
+        return jnp.repeat(by_group, x.shape[4] // self.groups, axis=1)[:, None, None, None]
 
 
 class SpatialNorm(eqx.Module):
@@ -124,17 +177,30 @@ class SpatialNorm(eqx.Module):
     def __call__(
         self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]
     ) -> Float[Array, "b t h w c"]:
-        return self.at_least_float32(x, latents).astype(x.dtype)
+        return self.affine(x, latents)(x).astype(x.dtype)
 
     @named_scope("eqx_cogvae.SpatialNorm")
-    def at_least_float32(
-        self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]
-    ) -> Float[Array, "b t h w c"]:
-        """The result before it is rounded to the dtype of `x`."""
-        y = self.norm_layer.at_least_float32(x)
-        scale = _nearest(self.conv_y(latents)[0], x.shape[1:4]).astype(y.dtype)
-        shift = _nearest(self.conv_b(latents)[0], x.shape[1:4]).astype(y.dtype)
-        return y * scale + shift
+    def affine(self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]) -> Affine:
+        """What the moments of `x`, and the latents, make of the norm."""
+        scale, shift = self.conv_y(latents)[0], self.conv_b(latents)[0]
+        return self.norm_layer.affine(x)._replace(scale=scale, shift=shift)
+
+
+class Skip(NamedTuple):
+    """What goes around a residual branch, by a pointwise convolution where widths differ."""
+
+    x: Float[Array, "b t h w i"]
+    conv: Conv | None
+
+    def __call__(self) -> Float[Array, "b t h w o"]:
+        return (
+            self.x
+            if self.conv is None
+            else pointwise_conv(self.x, self.conv.weight, self.conv.bias)
+        )
+
+    def frame(self, i: Int[Array, ""]) -> "Skip":
+        return self._replace(x=jax.lax.dynamic_slice_in_dim(self.x, i, 1, axis=1))
 
 
 class ResnetCache(NamedTuple):
@@ -188,13 +254,10 @@ class ResnetBlock(eqx.Module):
     ) -> tuple[Float[Array, "b t h w o"], ResnetCache]:
         act = _ACTIVATIONS[self.act_fn]
         cache1, cache2 = cache or ResnetCache()
-        y = normalised(self.norm1, x, act, latents)
-        y, cache1 = self.conv1(y, cache1)
-        y = normalised(self.norm2, y, act, latents)
-        y, cache2 = self.conv2(y, cache2)
-        if self.conv_shortcut is not None:
-            x = pointwise_conv(x, self.conv_shortcut.weight, self.conv_shortcut.bias)
-        return x + y, ResnetCache(cache1, cache2)
+        y, cache1 = normed_conv(self.norm1, act, self.conv1, x, cache1, latents)
+        skip = Skip(x, self.conv_shortcut)
+        y, cache2 = normed_conv(self.norm2, act, self.conv2, y, cache2, latents, skip)
+        return y, ResnetCache(cache1, cache2)
 
 
 class Downsample(eqx.Module):
@@ -248,29 +311,86 @@ def _split_first(x: Array) -> tuple[Array, Array]:
     return x[:, :odd], x[:, odd:]
 
 
-def _mean(x: Array) -> Array:
-    # In two stages: millions of float32 in one sum would lose digits, and take twice the time.
-    return jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2, 5), keepdims=True)
-
-
 def _norm(channels: int, groups: int, eps: float, latents: int | None, *, key: Key, dtype):
     if latents is None:
         return GroupNorm(channels, groups, eps, dtype=dtype)
     return SpatialNorm(channels, latents, groups, key=key, dtype=dtype)
 
 
-def normalised(
+def normed_conv(
     norm: GroupNorm | SpatialNorm,
-    x: Float[Array, "b t h w c"],
     act: Callable[[Array], Array],
+    conv: CausalConv3d,
+    x: Float[Array, "b t h w i"],
+    cache: Float[Array, "b k h w i"] | None,
     latents: Float[Array, "b t2 h2 w2 z"] | None = None,
-) -> Float[Array, "b t h w c"]:
-    """The norm, then the activation, rounded to the dtype of `x` once."""
-    if isinstance(norm, GroupNorm):
-        return act(norm.at_least_float32(x)).astype(x.dtype)
-    if latents is None:
+    skip: Skip | None = None,
+    *,
+    variant: str | None = None,
+) -> tuple[Float[Array, "b t h w o"], Float[Array, "b k h w i"] | None]:
+    """A norm over all frames, an activation, then the convolution, and what is added to it.
+
+    Of large arrays frame by frame: what is normalised, and what the convolution makes of it on
+    its way, is then there for one frame at a time. `variant`, "whole" or "frames", is for tests.
+    """
+    if isinstance(norm, SpatialNorm) and latents is None:
         raise ValueError("a resnet block with spatial norms needs `latents=`.")
-    return act(norm.at_least_float32(x, latents)).astype(x.dtype)
+    causal = conv.pad_mode != "replicate"
+    frames = causal and is_large(x) if variant is None else variant == "frames"
+    apply = _normed_conv_of_frames if frames else _normed_conv
+    return apply(act, norm, conv, x, cache, latents, skip)
+
+
+def _normed_conv(act, norm, conv, x, cache, latents, skip):
+    affine = norm.affine(x) if latents is None else norm.affine(x, latents)
+    y, cache = conv(act(affine(x)).astype(x.dtype), cache)
+    return y if skip is None else skip() + y, cache
+
+
+def _normed_conv_of_frames(act, *args):
+    """The same, by a loop over frames whose carry is the cache of the convolution.
+
+    The derivative is that of the whole: a loop's would keep every frame's intermediates.
+    """
+    arrays, static = eqx.partition(args, eqx.is_array)
+
+    @jax.custom_vjp
+    def run(arrays):
+        return _loop_over_frames(act, *eqx.combine(arrays, static))
+
+    def backward(arrays, cotangent):
+        whole = lambda arrays: _normed_conv(act, *eqx.combine(arrays, static))  # noqa: E731
+        return jax.vjp(whole, arrays)[1](cotangent)
+
+    run.defvjp(lambda arrays: (run(arrays), arrays), backward)
+    return run(arrays)
+
+
+def _loop_over_frames(act, norm, conv, x, cache, latents, skip):
+    affine = norm.affine(x) if latents is None else norm.affine(x, latents)
+    count, past = x.shape[1], conv.conv.weight.shape[0] - 1
+
+    def normed(i):
+        one = jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
+        return act(affine.of_frame(one, i, count)).astype(x.dtype)
+
+    def convolved(cache, i):
+        y, cache = conv(normed(i), cache)
+        y = y if skip is None else skip.frame(i)() + y
+        return cache, y[:, 0]
+
+    index = jnp.arange(count, dtype=jnp.int32)
+    if cache is None and past:
+        cache = jnp.repeat(normed(index[0]), past, axis=1)
+    _, y = jax.lax.scan(convolved, cache, index)
+    y = jnp.moveaxis(y, 0, 1)
+    if cache is None:
+        return y, None
+    # Made anew: what the loop carries has the loop's layout, not that of a result, and left to
+    # XLA for TPUs the copies of all caches come last, when every one is there twice.
+    last = [normed(i) for i in index[-past:]]
+    cache = jnp.concatenate([cache[:, len(last) :], *last], axis=1)
+    return jax.lax.optimization_barrier((y, cache))
 
 
 def _channels(c: Array) -> Array:
@@ -289,6 +409,13 @@ def _nearest(x: Array, size: tuple[int, ...]) -> Array:
     return _repeat(x, frames, axis=1)
 
 
+def _nearest_frame(i: Array, frames: int, sources: int) -> Array:
+    """The frame of so many sources that `_nearest` takes for frame `i` of so many frames."""
+    if frames > 1 and frames % 2 == 1:
+        return jnp.where(i == 0, 0, 1 + (i - 1) * (sources - 1) // (frames - 1))
+    return i * sources // frames
+
+
 def _repeat(x: Array, size: int, axis: int) -> Array:
     times, rest = divmod(size, x.shape[axis])
     if not rest:
@@ -304,7 +431,8 @@ __all__ = [
     "GroupNorm",
     "ResnetBlock",
     "ResnetCache",
+    "Skip",
     "SpatialNorm",
     "Upsample",
-    "normalised",
+    "normed_conv",
 ]

@@ -12,13 +12,13 @@ from jax.sharding import SingleDeviceSharding
 
 from ._autoencoder import VAE
 from ._config import LATENT_BATCH, SAMPLE_BATCH, frame_batches
+from ._flops import flops
 from ._streams import streamed
 from ._tiles import Factor, spans, tiled
 from ._transforms import framewise, sliced
 
 _TILE = (240, 360)
 _OVERLAP = (1 / 6, 1 / 5)
-_SAME = 0.02
 _STREAMED = "streamed"
 
 
@@ -28,8 +28,9 @@ class Cost:
 
     `peak` is bytes on the device at the worst moment: weights, cache, temporaries, and what of
     the video is held there; infinite, where the compiler itself found no room. `programs` are
-    compiled, `flop` is arithmetic. `fn` is the way itself: from video to moments, or from latents
-    to video; for "streamed" to an iterator over pieces of them.
+    compiled, `flop` is the arithmetic of convolutions and matrix products. `fn` is the way
+    itself: from video to moments, or from latents to video; for "streamed" to an iterator over
+    pieces of them.
     """
 
     name: str
@@ -67,9 +68,7 @@ class Plan:
                 f"the least, {_gib(least.peak)}: give a smaller `tile`, a bfloat16 model, or "
                 "spread it over devices."
             )
-        # The same arithmetic, compiled for another batch size, differs in the last digits.
-        least = (1 + _SAME) * min(cost.flop for cost in fitting)
-        return next(cost for cost in fitting if not cost.flop > least)
+        return min(fitting, key=lambda cost: cost.flop)
 
     def fits(self, cost: Cost) -> bool:
         """Whether the budget is enough; where none is known, what could be compiled is."""
@@ -119,7 +118,8 @@ def plan(
 
     **Returns:** a `Plan`: print it, or decode with `plan.best("decode").fn(latents)`.
 
-    **Raises:** `ValueError` for a shape that is none, or a tile as `tiled` has it.
+    **Raises:** `ValueError` for a shape that is none, or a tile as `tiled` has it; `TypeError` for
+    a budget that is no number.
     """
     cell = vae.config.spatial_compression
     if len(shape) not in (4, 5) or min(shape) < 1 or min(shape[2:4]) < cell:
@@ -127,6 +127,12 @@ def plan(
             f"`shape` must be (batch, frames, height, width), with {cell}x{cell} pixels or more, "
             f"got {shape}."
         )
+    if shape[4:] not in ((), (vae.config.in_channels,)):
+        raise ValueError(
+            f"`shape` must be of a video of {vae.config.in_channels} channels, got {shape}."
+        )
+    if isinstance(memory, str):
+        raise TypeError(f"`memory` must be in bytes, such as 16 * 2**30, got {memory!r}.")
     if min(tile) < cell or any(side % cell for side in tile):
         raise ValueError(f"`tile` must be in multiples of {cell} pixels, got {tile}.")
     device = jax.devices()[0] if device is None else device
@@ -266,7 +272,8 @@ def _compiled(
     weights, static = eqx.partition(direction.placed, _is_struct)
     batch = jax.ShapeDtypeStruct((x.shape[0], frames, *x.shape[2:]), x.dtype, sharding=x.sharding)
     step = lambda weights, batch, cache: eqx.combine(weights, static)(batch, cache)  # noqa: E731
-    lowered = jax.jit(step, donate_argnums=2).lower(weights, batch, cache)
+    traced = jax.jit(step, donate_argnums=2).trace(weights, batch, cache)
+    flop, lowered = flops(traced.jaxpr, direction.device.platform), traced.lower()
     result, cache = jax.tree.map(lambda s: _on(s, direction.device), lowered.out_info)
     size = math.prod(result.shape) * result.dtype.itemsize
     try:
@@ -277,13 +284,12 @@ def _compiled(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _Program(math.inf, 0, size, math.nan, calls), cache
+        return _Program(math.inf, 0, size, flop, calls), cache
     memory: Any = program.memory_analysis()
-    cost = program.cost_analysis() or {}
     held = memory.argument_size_in_bytes
     peak = held + memory.temp_size_in_bytes + memory.output_size_in_bytes
     peak -= memory.alias_size_in_bytes
-    return _Program(peak, held, size, cost.get("flops", math.nan), calls), cache
+    return _Program(peak, held, size, flop, calls), cache
 
 
 def _placed(vae: VAE, device: Any) -> VAE:

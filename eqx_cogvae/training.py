@@ -11,6 +11,7 @@ for clips in crops.batches(int(state.step)):
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,16 +107,37 @@ class Trainer(eqx.Module):
     mesh: Mesh | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
+        if not hasattr(self.optimiser, "update"):
+            raise TypeError(
+                "`optimiser` must be an optax transformation such as `optax.adam(1e-4)`, "
+                f"got {self.optimiser!r}."
+            )
+        if not (self.trainable is None or callable(self.trainable)):
+            raise TypeError(
+                "`trainable` must be a function of a tensor's name such as `decoder_only`, "
+                f"got {self.trainable!r}."
+            )
         if self.accumulate < 1:
             raise ValueError(f"`accumulate` must be at least 1, got {self.accumulate}.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"`decay` must lie in [0, 1), got {self.decay}: the usual is 0.999.")
 
     def init(self, vae: VAE) -> TrainState:
-        """The state before the first step; `vae` stays the caller's own."""
+        """The state before the first step; `vae` stays the caller's own.
+
+        Warns of weights in half precision, in which small steps are rounded away.
+        """
         trained, _ = self._split(vae)
-        if not jax.tree.leaves(trained):
-            raise ValueError("`trainable` chooses no tensor, of names such as decoder.conv_in.")
+        if not (leaves := jax.tree.leaves(trained)):
+            raise ValueError(
+                "`trainable` chooses no tensor, of names such as `decoder.conv_in.conv.weight`."
+            )
+        if any(jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves):
+            warnings.warn(
+                f"the weights are {vae.dtype}, in which small steps are rounded away: load with "
+                "`dtype=jnp.float32`, and compute in less with `Trainer(dtype=jnp.bfloat16)`.",
+                stacklevel=2,
+            )
         # A step gives its buffers away, so no two of them may be one, nor the caller's.
         copy = lambda tree: jax.tree.map(  # noqa: E731
             lambda x: jnp.array(x, copy=True) if eqx.is_array(x) else x, tree

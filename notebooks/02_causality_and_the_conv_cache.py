@@ -149,9 +149,9 @@ GroupNorm = type(vae.encoder.norm_out)
 class FrameNorm(GroupNorm):
     """A group norm with statistics of each frame alone."""
 
-    def at_least_float32(self, x):
-        frames = x.reshape(-1, 1, *x.shape[2:])
-        return super().at_least_float32(frames).reshape(x.shape)
+    def affine(self, x):
+        single = super().affine(x.reshape(-1, 1, *x.shape[2:]))
+        return jax.tree.map(lambda m: m.reshape(-1, x.shape[1], *m.shape[2:]), single)
 
 
 def by_frame(model):

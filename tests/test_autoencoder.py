@@ -20,6 +20,7 @@ from reference import (
 )
 
 import eqx_cogvae as cv
+from eqx_cogvae import _convolution
 
 # diffusers differs from itself by up to 3e-6 from one memory format to another.
 EQUAL = 1e-5
@@ -240,6 +241,23 @@ def test_the_step_takes_and_gives_the_cache(small_pair):
     np.testing.assert_array_equal(second, vae.decode_step(latents[:, 2:], cache)[0])
 
 
+def test_large_frames_one_by_one(small_pair, monkeypatch):
+    """What large videos take: the same numbers, gradients too."""
+    vae, _ = small_pair
+    video, latents = normal((1, 9, 16, 16, 3)), normal((1, 3, 4, 4, vae.config.latent_channels), 1)
+
+    def results():
+        loss = lambda vae, z: jnp.sum(jnp.square(vae.decoder(z)[0]))  # noqa: E731
+        decoded = eqx.filter_jit(lambda vae, z: vae.decoder(z))(vae, latents)
+        encoded = eqx.filter_jit(lambda vae, x: vae.encoder(x))(vae, video)
+        return decoded, encoded, eqx.filter_jit(eqx.filter_grad(loss))(vae, latents).decoder
+
+    due = results()
+    monkeypatch.setattr(_convolution, "LARGE", 0)
+    for got, expected in zip(*map(jax.tree.leaves, (results(), due)), strict=True):
+        assert distance(got, expected) < 1e-5
+
+
 def test_reconstruction(small_pair):
     vae, _ = small_pair
     video = normal((1, 9, 16, 16, 3))
@@ -254,7 +272,9 @@ def test_reconstruction(small_pair):
     [
         ((9, 16, 16, 3), jnp.float32, r"five axes.*got shape \(9, 16, 16, 3\).*batch axis"),
         ((1, 3, 9, 16, 16), jnp.float32, "looks like BCTHW.*moveaxis"),
-        ((1, 9, 16, 16, 4), jnp.float32, "3 channels last"),
+        ((1, 9, 16, 16, 4), jnp.float32, r"3 channels last.*alpha channel with `x\[\.\.\., :3\]`"),
+        ((1, 9, 16, 16, 1), jnp.float32, r"repeat grey video with `jnp.repeat\(x, 3, -1\)`"),
+        ((1, 9, 16, 16, 7), jnp.float32, "config says `in_channels=3`"),
         ((1, 9, 16, 16, 3), jnp.uint8, "floating dtype, got uint8.*127.5"),
         ((1, 9, 2, 16, 3), jnp.float32, "4x4 in height and width"),
         ((1, 0, 16, 16, 3), jnp.float32, "one frame"),
@@ -263,6 +283,32 @@ def test_reconstruction(small_pair):
 def test_bad_video(shape, dtype, message, small_pair, unchecked):
     with pytest.raises(ValueError, match=message):
         small_pair[0].encode(jnp.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda vae, video: vae.encode(video), r"DiagonalGaussian: take its `.mode\(\)`"),
+        (lambda _, video: to_torch(video), "torch's Tensor: `eqx_cogvae.diffusers.to_jax` makes"),
+        (lambda _, video: video.tolist(), "must be a JAX or NumPy array, got builtins's list"),
+    ],
+)
+def test_what_is_no_array(make, message, small_pair, unchecked):
+    vae, _ = small_pair
+    given = make(vae, jnp.zeros((1, 1, 16, 16, 3)))
+    with pytest.raises(TypeError, match=message):
+        vae.decode(given)
+
+
+def test_padding_wants_five_axes(unchecked):
+    for fn in (cv.pad_frames, lambda x: cv.crop_frames(x, 1)):
+        with pytest.raises(ValueError, match=r"five axes.*got shape \(9, 16, 16, 3\)"):
+            fn(jnp.zeros((9, 16, 16, 3)))
+
+
+def test_a_video_with_nan(small_pair):
+    with pytest.raises(ValueError, match="video holds NaN"):
+        small_pair[0].encode(jnp.full((1, 9, 16, 16, 3), jnp.nan))
 
 
 def test_pixel_values_are_out_of_range(small_pair):
@@ -294,7 +340,7 @@ def test_clips_may_be_numpys(small_pair):
     ("shape", "message"),
     [
         ((1, 3, 3, 4, 4), "looks like BCTHW"),
-        ((1, 4, 4, 4, 16), "3 channels last"),
+        ((1, 4, 4, 4, 16), "3 channels last.*`encode` makes latents"),
         ((3, 4, 4, 3), "five axes"),
     ],
 )

@@ -1,5 +1,6 @@
 """Convolutions and layers, one by one, against torch and against themselves."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,9 @@ def variants(fn, *args):
 
 
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (2, 5, 3)])
-def test_every_lowering_of_a_causal_convolution_agrees(sizes):
-    x, kernel, bias = normal((2, 4, 6, 7, 3)), normal((*sizes, 3, 5), 1), normal((5,), 2)
+@pytest.mark.parametrize("frames", [1, 4])
+def test_every_lowering_of_a_causal_convolution_agrees(sizes, frames):
+    x, kernel, bias = normal((2, frames, 6, 7, 3)), normal((*sizes, 3, 5), 1), normal((5,), 2)
     (cpu, cpu_cache), (default, cache) = variants(_convolution.causal_conv, x, kernel, bias)
     assert distance(cpu, default) < 1e-6
     padded = torch.cat([to_torch(x)[:, :, :1]] * (sizes[0] - 1) + [to_torch(x)], dim=2)
@@ -42,6 +44,33 @@ def test_every_lowering_of_a_doubling_convolution_agrees():
     x, kernel, bias = normal((2, 3, 5, 4, 6)), normal((3, 3, 6, 7), 1), normal((7,), 2)
     cpu, default = variants(_convolution.doubling_conv, x, kernel, bias)
     assert distance(cpu, default) < 1e-6
+
+
+@pytest.mark.parametrize("latents", [None, 4])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("cached", [False, True])
+def test_frames_one_by_one_are_the_frames_at_once(latents, frames, cached, getkey):
+    norm = _layers._norm(16, 4, 1e-6, latents, key=getkey(), dtype=jnp.float32)
+    conv = _layers.CausalConv3d(16, 8, key=getkey())
+    x = jax.random.normal(getkey(), (2, frames, 6, 5, 16))
+    cache = jax.random.normal(getkey(), (2, 2, 6, 5, 16)) if cached else None
+    z = jax.random.normal(getkey(), (2, -(-frames // 2), 3, 5, 4)) if latents else None
+    around = jax.random.normal(getkey(), (2, frames, 6, 5, 4))
+    skip = _layers.Skip(around, _layers.Conv((1, 1, 1), 4, 8, key=getkey())) if cached else None
+    args = (norm, conv, x, cache, z, skip)
+
+    def squares(args, variant):
+        norm, conv, *rest = args
+        y, cache = _layers.normed_conv(norm, jax.nn.silu, conv, *rest, variant=variant)
+        return jnp.sum(jnp.square(y)) + jnp.sum(jnp.square(cache)), (y, cache)
+
+    results = []
+    for variant in ("whole", "frames"):
+        run = lambda args, v=variant: eqx.filter_value_and_grad(squares, has_aux=True)(args, v)  # noqa: E731
+        (_, made), grads = eqx.filter_jit(run)(args)
+        results.append((made, grads))
+    for whole, one_by_one in zip(*map(jax.tree.leaves, results), strict=True):
+        assert distance(one_by_one, whole) < 1e-6
 
 
 def torch_gradients(fn, *tensors):
