@@ -83,7 +83,8 @@ def _row(name: str, step: Callable, x: Any, cache: Any, mesh: Mesh) -> Any:
             raise
         print(f"| {name} | does not fit | | | | | |", flush=True)
     else:
-        seconds, memory = time.perf_counter() - begun, program.memory_analysis()
+        seconds = time.perf_counter() - begun
+        memory: Any = program.memory_analysis()
         parts = [
             memory.argument_size_in_bytes,
             memory.temp_size_in_bytes,
