@@ -52,9 +52,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def _mathml(formula: re.Match[str]) -> str:
     block = formula["block"]
-    return latex2mathml.converter.convert(
+    made = latex2mathml.converter.convert(
         block or formula["inline"], display="block" if block else "inline"
     ).replace("\n", " ")
+    # A line that begins with `<math` would be a block of HTML to Markdown.
+    return made if block else f"<span>{made}</span>"
 
 
 def _page(path: Path) -> tuple[str, dict[str, bytes]]:
