@@ -33,10 +33,15 @@ class Cost:
     """
 
     name: str
+    """`"whole"`, `"streamed"`, `"sliced"`, `"tiled"` or `"sliced tiled"`."""
     peak: float | int
+    """Bytes."""
     programs: int
+    """How many are compiled."""
     flop: float
+    """Floating-point operations for the whole clip."""
     fn: Callable = dataclasses.field(repr=False, compare=False)
+    """From video to moments, or from latents to video."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +49,11 @@ class Plan:
     """What `plan` found; print it for a table. `memory` is the budget in bytes, or None."""
 
     encode: tuple[Cost, ...]
+    """A `Cost` for each way to encode."""
     decode: tuple[Cost, ...]
+    """A `Cost` for each way to decode."""
     memory: int | None
+    """The budget in bytes; None where neither the caller nor the device told."""
 
     def best(self, direction: str) -> Cost:
         """The cheapest way to `"encode"` or `"decode"` that fits the budget.
@@ -85,7 +93,7 @@ class Plan:
                 mark = mark if self.fits(cost) else "  does not fit"
                 lines.append(
                     f"{direction + ', ' + cost.name:22}{_gib(cost.peak):>11}{cost.programs:10}"
-                    f"{cost.flop / 1e12:10.2f}{mark}"
+                    f"{cost.flop / 1e12:10.3g}{mark}"
                 )
         return "\n".join([*lines, f"memory: {_gib(self.memory)}"])
 

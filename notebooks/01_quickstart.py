@@ -180,8 +180,8 @@ def averaged(x):
 strip(clip, decoded, averaged(clip), rows=["clip", "decoded", "averaged"])
 
 # %% [markdown]
-# Where does it err? Look for the bright lines in the map: they are edges and fine texture, where
-# most of the detail is. Flat areas are dark.
+# Where does it err? The map shows how far each pixel is off, averaged over the colours. Flat areas
+# are dark; fine stripes and checks, and what has just moved into the frame, are bright.
 
 # %%
 error = jnp.abs(jnp.clip(decoded, -1, 1) - clip).mean(-1)[0] * 127.5
@@ -221,8 +221,10 @@ print(f"decoded  {quality:.1f} dB")
 print(f"averaged {video.psnr(clip, averaged(clip)):.1f} dB")
 
 # %% [markdown]
-# Frame by frame, quality is not even: the first frame has a latent frame of its own, and the
-# frames after it share one by fours.
+# Frame by frame, quality is not even. The curve depends on the weights and on the clip: what moves
+# fast or is hidden, and comes forth, is hard. What holds for any of them is the mean, if it is taken
+# of the squared errors and not of the decibels: it is that of the whole clip. No frame here falls far
+# behind it.
 
 # %%
 by_frame = [video.psnr(clip[:, i : i + 1], decoded[:, i : i + 1]) for i in range(t)]
@@ -232,7 +234,12 @@ ax.axhline(quality, color="gray", lw=1, ls="--", label="whole clip")
 ax.set(xlabel="frame", ylabel="PSNR, dB", xticks=range(0, t, 4))
 ax.legend(frameon=False)
 plt.show()
-assert min(by_frame) < quality < max(by_frame)
+mean = np.mean([4 * 10 ** (-each / 10) for each in by_frame])
+print(
+    f"worst frame {min(by_frame):.1f} dB, best {max(by_frame):.1f} dB, whole clip {quality:.1f} dB"
+)
+assert np.isclose(mean, mse, rtol=1e-3)
+assert min(by_frame) > quality - 3
 
 # %% [markdown]
 # ## The mode or a sample

@@ -72,4 +72,5 @@ def _page(path: Path) -> tuple[str, dict[str, bytes]]:
     text = re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](\1.md", text)
     title, rest = text.lstrip().split("\n", 1)
     download = f"[:material-download: Download as a notebook]({path.name}){{ .md-button download }}"
-    return f"{title}\n\n{download}\n{rest}", resources["outputs"]
+    needs = "[What it needs](index.md)"
+    return f"{title}\n\n{download} {needs}\n{rest}", resources["outputs"]

@@ -96,12 +96,12 @@ def test_docstrings(text, names):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages(page, names, tmp_path, monkeypatch):
-    """A page's blocks follow on each other."""
+    """A page's blocks follow on each other, and import what they use."""
     found = blocks((ROOT / page).read_text())
     assert found
     monkeypatch.chdir(tmp_path)
     video.write("in.mp4", names["clip"], fps=8)
-    known = dict(names)
+    known = {name: names[name] for name in ("clip", "latents", "vae")}
     for block in found:
         run(block, known)
 
