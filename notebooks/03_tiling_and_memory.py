@@ -73,10 +73,9 @@ def compare(result, title):
 seams = compare(abrupt, "9 tiles of 4x6 cells, no overlap")
 
 # %% [markdown]
-# Averaged over the height, the grid becomes peaks at the columns where two tiles meet. What lies
-# between the peaks is not zero either, and neither is the frame's own left edge, where nothing was
-# cut: tiles of this size feel their edges everywhere. Further down, [far from any
-# seam](#far-from-any-seam), the reasons are told apart.
+# Averaged over the height, the grid becomes peaks at the columns where two tiles meet. The frame's
+# own edges may stand out too, where nothing was cut. And what lies between the peaks is not zero:
+# further down, "Far from any seam" tells the reasons apart.
 
 # %%
 edges = np.arange(6 * cell, clip.shape[3], 6 * cell)
@@ -225,6 +224,10 @@ print(f"in the last four cells before the cut: {off[-4 * cell :].mean():.2f}")
 assert beyond > 0
 assert off[:beyond].mean() > 0.01
 assert off[-4 * cell :].mean() > 2 * off[:beyond].mean()
+
+# %% [markdown]
+# The norms make a tile differ everywhere, however far the seam is, and by little. What the tile does
+# not see weighs more, and only near the cut: that is what overlap helps against.
 
 # %% [markdown]
 # ## Encoding in tiles
