@@ -33,8 +33,10 @@ import eqx_cogvae as cv
 from eqx_cogvae import training, video
 
 with warnings.catch_warnings(action="ignore"):  # progress bars miss the notebook's widgets
+    import diffusers
     from diffusers import AutoencoderKLCogVideoX
 
+diffusers.utils.logging.set_verbosity_error()  # a cast warns of modules that this model lacks
 plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
 
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")

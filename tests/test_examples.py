@@ -58,6 +58,7 @@ def names():
     return {
         "clip": clip,
         "cv": cv,
+        "devices": jax.devices()[:1],  # what `_SMALLER` puts in
         "eqx": eqx,
         "jax": jax,
         "jnp": jnp,
@@ -101,8 +102,7 @@ def test_pages(page, names, tmp_path, monkeypatch):
     assert found
     monkeypatch.chdir(tmp_path)
     video.write("in.mp4", names["clip"], fps=8)
-    known = {name: names[name] for name in ("clip", "latents", "vae")}
-    known["devices"] = jax.devices()[:1]  # what `_SMALLER` puts in
+    known = {name: names[name] for name in ("clip", "devices", "latents", "vae")}
     for block in found:
         run(block, known)
 
