@@ -167,7 +167,9 @@ assert lines["all-reduce"] and all("GroupNorm/reduce_sum" in line for line in li
 reserved = [programs[n].compiled.memory_analysis().temp_size_in_bytes / 2**20 for n in COUNTS]
 figure, axes = plt.subplots(figsize=(7, 2.8), dpi=100)
 bars = axes.bar([str(count) for count in COUNTS], reserved)
-axes.bar_label(bars, fmt="%.0f", label_type="center", color="white", weight="bold")
+for bar, mib in zip(bars, reserved, strict=True):
+    x = bar.get_x() + bar.get_width() / 2
+    axes.text(x, 2, f"{mib:.0f}", color="white", weight="bold", ha="center", va="bottom")
 axes.plot([reserved[0] / count for count in COUNTS], "k.--", label="shared out evenly")
 axes.set(xlabel="devices", ylabel="temporaries, MiB", ylim=(0, 1.15 * reserved[0]))
 axes.legend()
