@@ -57,7 +57,7 @@ def strip(rows):
 #
 # ## Before
 #
-# The clip, and what the model makes of it. Look at the stripes and the edges.
+# The clip, and what the model makes of it. Look at the texture and the edges.
 
 # %%
 reconstruct = eqx.filter_jit(lambda vae, clip: vae(clip))
@@ -150,7 +150,7 @@ assert abs(of_average[-1] - of_model[-1]) < 0.1
 # %% [markdown]
 # ## After
 #
-# The stripes have come back.
+# Edges and colours are near the clip's now. The finest texture is what comes last.
 
 # %%
 tuned = state.average
