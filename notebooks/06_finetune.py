@@ -150,7 +150,7 @@ assert abs(of_average[-1] - of_model[-1]) < 0.1
 # %% [markdown]
 # ## After
 #
-# Edges and colours are near the clip's now. The finest texture is what comes last.
+# Edges and colours are near the clip's now; the finest texture is not all there.
 
 # %%
 tuned = state.average
