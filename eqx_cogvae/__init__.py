@@ -8,7 +8,13 @@ from ._checkpoint import (
 )
 from ._clips import crop_frames as crop_frames, pad_frames as pad_frames
 from ._config import Config as Config
-from ._plan import Plan as Plan, plan as plan
+from ._latents import (
+    Latents as Latents,
+    fingerprint as fingerprint,
+    load_latents as load_latents,
+    save_latents as save_latents,
+)
+from ._plan import Cost as Cost, Plan as Plan, plan as plan
 from ._posterior import DiagonalGaussian as DiagonalGaussian
 from ._sharding import best_mesh as best_mesh, sharded as sharded
 from ._streams import as_uint8 as as_uint8, streamed as streamed

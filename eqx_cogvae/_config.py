@@ -29,9 +29,26 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class Config:
     """Hyperparameters of a `VAE`: the fields and defaults of diffusers' `AutoencoderKLCogVideoX`.
 
-    `down_block_types` and `up_block_types` follow the length of `block_out_channels` when
-    left out. `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` and
-    `invert_scale_latents` do not touch the network: they serve `VAE.scale_latents`.
+    **Arguments:**
+
+    - `in_channels`, `out_channels`: of video.
+    - `down_block_types`, `up_block_types`: diffusers' names of blocks; when left out they follow
+        the length of `block_out_channels`.
+    - `block_out_channels`: the width of each level, from full resolution down. Each level but
+        the last halves height and width.
+    - `latent_channels`: of latents; the encoder returns twice as many, means and log variances.
+    - `layers_per_block`: resnets in each block of the encoder; the decoder has one more.
+    - `act_fn`: `"silu"`, `"swish"`, `"mish"`, `"gelu"` or `"relu"`.
+    - `norm_eps`, `norm_num_groups`: of the group norms; the groups divide every width.
+    - `temporal_compression_ratio`: frames per latent frame, a power of two.
+    - `sample_height`, `sample_width`: in pixels, of the videos that were trained on. The network
+        takes any; `EqxAutoencoderKLCogVideoX` makes its tiles half as large.
+    - `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`, `invert_scale_latents`: of
+        the diffusion model's units. They do not touch the network: they serve
+        `VAE.scale_latents`. The two in the middle have an entry for each latent channel.
+    - `force_upcast`: kept for diffusers, and without effect.
+    - `use_quant_conv`, `use_post_quant_conv`: whether a 1x1x1 convolution follows the encoder,
+        and precedes the decoder.
 
     **Raises:** `ValueError` for a number that makes no network.
     """

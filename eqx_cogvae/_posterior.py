@@ -19,7 +19,9 @@ class DiagonalGaussian(eqx.Module):
     """
 
     mean: Float[Array, "b t h w c"]
+    """The mean of each element."""
     logvar: Float[Array, "b t h w c"]
+    """The logarithm of each element's variance, in [-30, 20] when it comes from the encoder."""
 
     @classmethod
     def from_moments(cls, moments: Float[Array, "b t h w m"]) -> "DiagonalGaussian":
@@ -29,6 +31,7 @@ class DiagonalGaussian(eqx.Module):
 
     @property
     def std(self) -> Float[Array, "b t h w c"]:
+        """The standard deviation of each element: `exp(logvar / 2)`."""
         return jnp.exp(0.5 * self.logvar)
 
     def mode(self) -> Float[Array, "b t h w c"]:

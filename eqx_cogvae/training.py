@@ -47,10 +47,15 @@ class ClipLoss(eqx.Module):
     """
 
     l1: float | int = 1.0
+    """Of the mean absolute error."""
     l2: float | int = 0.0
+    """Of the mean squared error."""
     kl: float | int = 1e-6
+    """Of the KL divergence to the unit Gaussian."""
     gradient: float | int = 0.0
+    """Of the error of differences between neighbours in space."""
     temporal: float | int = 0.0
+    """Of the error of differences between frames."""
 
     def __call__(
         self, vae: VAE, clips: Float[Array, "b t h w c"], key: Key
@@ -73,9 +78,13 @@ class TrainState(eqx.Module):
     """What a step changes: weights, their moving average, the optimiser's state, the count."""
 
     model: VAE
+    """The weights, in the dtype that they were given in."""
     average: VAE
+    """Their exponential moving average: what to save and use."""
     optimiser: PyTree
+    """The state of the optax transformation, of the trained tensors alone."""
     step: Int[Array, ""]
+    """How many steps have been taken."""
 
 
 class Trainer(eqx.Module):

@@ -25,6 +25,7 @@ Frames: TypeAlias = Shaped[np.ndarray, "..."] | Shaped[Array, "..."]
 """A clip: (1, t, h, w, 3) or (t, h, w, 3), floating in [-1, 1] or uint8."""
 
 CONTAINERS = (".mp4", ".mov", ".mkv")
+"""What the name of a video that is written may end in."""
 _BT709 = 1
 # Up to SSE4.2: with AVX-512, x264 was measured to give different files for equal clips.
 _X264 = {"x264-params": "asm=MMX2,SSE2Fast,SSSE3,SSE4.2"}
@@ -35,9 +36,13 @@ class Info:
     """Of a video file: frames a second, frame count, and the size it is shown at, in pixels."""
 
     fps: float
+    """Frames a second."""
     frames: int
+    """How many there are, by the container's own count."""
     height: int
+    """In pixels, after rotation."""
     width: int
+    """In pixels, after rotation."""
 
 
 def info(path: str | os.PathLike) -> Info:
@@ -142,7 +147,9 @@ class Player:
     """An mp4 that a notebook shows, looping, with controls."""
 
     mp4: bytes = dataclasses.field(repr=False)
+    """The file."""
     width: int | None = None
+    """Of the player, in CSS pixels; None is the video's own."""
 
     def _repr_html_(self) -> str:
         width = "" if self.width is None else f' width="{self.width}"'

@@ -15,6 +15,7 @@
 # flow. It runs offline, on a CPU, in under 60 seconds.
 
 # %%
+import contextlib
 import json
 import os
 import tempfile
@@ -35,6 +36,7 @@ from eqx_cogvae import video
 with warnings.catch_warnings(action="ignore"):  # progress bars miss the notebook's widgets
     import diffusers
     import transformers
+    from diffusers import AutoencoderKLCogVideoX
 
     from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX, to_jax, to_torch
 
@@ -53,11 +55,21 @@ vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 # config. Beside it we load diffusers' own class from the same files.
 
 # %%
-where = Path(cv.__file__).parent / "tiny" if MODEL == "tiny" else Path(MODEL)
-inside = None if (where / "config.json").exists() else "vae"
+# A folder or a hub id, in the places where `cv.from_pretrained` looks, in its order.
+where = Path(cv.__file__).parent / "tiny" if MODEL == "tiny" else MODEL
+places = (None, "vae") if Path(where).exists() else ("vae", None)
 
-ours = EqxAutoencoderKLCogVideoX(vae)
-theirs = diffusers.AutoencoderKLCogVideoX.from_pretrained(where, subfolder=inside).float().eval()
+
+def reference(**options):
+    """diffusers' own VAE, of the same files."""
+    for inside in places:
+        with contextlib.suppress(OSError):
+            load = AutoencoderKLCogVideoX.from_pretrained
+            return load(where, subfolder=inside, **options).eval()
+    raise OSError(f"diffusers finds no VAE at {where}")
+
+
+ours, theirs = EqxAutoencoderKLCogVideoX(vae), reference().float()
 
 assert isinstance(ours, type(theirs))  # what pipelines ask
 weights = theirs.state_dict()
@@ -206,6 +218,12 @@ before, after = swapped(pipe, **text, callback_on_step_end=pulled)
 compare("Text to video", before, after)
 
 # %% [markdown]
+# And as films: on the left by diffusers' VAE, on the right by ours.
+
+# %%
+video.show(np.concatenate([before, after], axis=3), fps=8, width=580)
+
+# %% [markdown]
 # ## Image to video
 #
 # Here the VAE is met twice: one frame is encoded, to be laid beside the noise as more channels,
@@ -273,10 +291,16 @@ for axis, picture, title in zip(axes, [*shown, apart], ["whole", "in tiles", "ap
     axis.set_xlabel("pixels")
 figure.colorbar(image, ax=axes[2], label="grey levels of 255")
 plt.show()
+by_tile = [
+    float(apart[:, columns].mean()) for columns in (slice(48), slice(72, 96), slice(120, 144))
+]
+print("columns of one tile alone, apart by", *(f"{value:.2f}" for value in by_tile))
+assert by_tile[2] == max(by_tile)
 
 # %% [markdown]
 # Two things differ from diffusers: an overlap of 0.0 is honoured, and the result has the right size
-# for any tile. With tiles 64 wide and the usual overlaps diffusers rounds stride and crop apart:
+# for any tile. With tiles 64 wide and the usual overlaps diffusers rounds stride and crop apart. And
+# where it is asked for no overlap, it keeps the overlap that it had:
 
 # %%
 sizes = {}
@@ -288,6 +312,14 @@ for each in (ours, theirs):
     each.disable_tiling()
 print(f"of {HEIGHT}x{WIDTH} pixels diffusers makes {sizes[theirs]}, ours {sizes[ours]}")
 assert sizes[ours] == (HEIGHT, WIDTH)
+assert sizes[theirs] != (HEIGHT, WIDTH)
+
+fresh = EqxAutoencoderKLCogVideoX(vae), reference()
+for each in fresh:
+    each.enable_tiling(32, 32, 0.0, 0.0)
+overlaps = [each.tile_overlap_factor_height for each in fresh]
+print(f"asked for an overlap of 0.0, ours has {overlaps[0]}, diffusers {overlaps[1]:.3f}")
+assert overlaps == [0.0, 1 / 6]
 
 # %% [markdown]
 # ## What is copied, and what is not
@@ -329,6 +361,14 @@ assert copied == ["video, torch's default", "video, every other frame"]
 # %%
 half = torch.randn(2, 5).to(torch.bfloat16)
 assert to_jax(half).dtype == jnp.bfloat16 and torch.equal(to_torch(to_jax(half)), half)
+
+for dtype in (torch.int64, torch.float64):
+    try:
+        to_jax(torch.ones(2, dtype=dtype))
+    except ValueError as error:
+        refused = str(error)
+    print(refused)
+    assert refused.startswith(f"got {dtype}")
 
 held = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(ours.vae)}
 assert {tensor.data_ptr() for tensor in ours.state_dict().values()} == held
@@ -377,6 +417,16 @@ plt.show()
 # %%
 assert sum(parameter.numel() for parameter in ours.parameters()) == 0
 
+leaf = z[:, :, :1, :4, :4].clone().requires_grad_()
+loss = ours.decode(leaf).sample.square().mean()
+(slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+try:
+    slope.square().sum().backward()
+except RuntimeError as error:
+    twice = str(error).splitlines()[0]
+print("a second derivative:", twice)
+assert "differentiate twice" in twice
+
 error = jnp.mean(jnp.square(ours.vae.decode(to_jax(z)) - to_jax(x)))
 due = torch.nn.functional.mse_loss(decoded[1], x)
 np.testing.assert_allclose(error, due, rtol=1e-5)
@@ -406,7 +456,7 @@ with tempfile.TemporaryDirectory() as folder:
     again = EqxAutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
     mixed = load(folder, vae=again)
 
-assert type(plain.vae) is diffusers.AutoencoderKLCogVideoX and mixed.vae is again
+assert type(plain.vae) is AutoencoderKLCogVideoX and mixed.vae is again
 for each in (plain, mixed):
     each.set_progress_bar_config(disable=True)
     frames = generate(each, **scene)

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from PIL import Image
 
 import eqx_cogvae as cv
 from eqx_cogvae import video
+
+plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
 
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
@@ -35,11 +36,19 @@ encode = eqx.filter_jit(lambda vae, x: vae.encode(x).mode())
 decode = eqx.filter_jit(lambda vae, z: vae.decode(z))
 
 
-def strip(*clips):
-    """Five frames of each clip, a row for each, enlarged."""
-    pixels = video.filmstrip(*clips, n=5)
-    size = (720, 720 * pixels.shape[0] // pixels.shape[1])
-    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+def strip(rows):
+    """Five frames of each clip, a row for each with its name."""
+    clips = list(rows.values())
+    picture = video.filmstrip(*clips, n=5)
+    height, width = clips[0].shape[2:4]
+    figure, axes = plt.subplots(figsize=(7.2, 6.6 * picture.shape[0] / picture.shape[1] + 0.3))
+    axes.imshow(picture, interpolation="nearest")
+    times = np.linspace(0, clips[0].shape[1] - 1, 5).round().astype(int)
+    axes.set_xticks((np.arange(5) + 0.5) * width, [f"frame {i}" for i in times])
+    axes.set_yticks((np.arange(len(rows)) + 0.5) * height, list(rows))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    plt.show()
 
 
 # %% [markdown]
@@ -73,12 +82,11 @@ memory = {
     kept: program.compiled.memory_analysis().temp_size_in_bytes / 2**20
     for kept, program in programs.items()
 }
-figure, axes = plt.subplots(figsize=(7, 1.8), dpi=100)
+figure, axes = plt.subplots(figsize=(7, 1.8))
 bars = axes.barh([names[kept] for kept in memory], memory.values(), color=["C0", "C1"])
 axes.bar_label(bars, fmt="%.0f", padding=3)
 axes.set(xlabel="temporaries, MiB", xlim=(0, 1.1 * max(memory.values())))
 axes.invert_yaxis()
-figure.tight_layout()
 plt.show()
 assert memory[True] < memory[False] / 2
 
@@ -95,8 +103,7 @@ assert difference < 1e-5
 # ## A hole
 #
 # `seen` is one where the video is known and zero in the hole. We encode the clip with the hole in
-# it, and decode that: the grey box is a part of the picture now. From above: the clip, with its
-# hole, and decoded.
+# it, and decode that: the grey box is a part of the picture now.
 
 # %%
 clip = jnp.asarray(video.procedural_clip(9, 40, 56, seed=0))
@@ -111,7 +118,7 @@ def rms(decoded, where):
 
 
 print(f"RMS error: in the hole {rms(before, 1 - seen):.3f}, elsewhere {rms(before, seen):.3f}")
-strip(clip, clip * seen, before)
+strip({"clip": clip, "with a hole": clip * seen, "decoded": before})
 
 # %% [markdown]
 # ## What to ask for
@@ -161,14 +168,13 @@ def search(prior, steps=25):
 
 # %%
 found = {"no prior": search(0.0), "prior": search(1e-3)}
-figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), dpi=100, sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), sharey=True)
 for name, (_, trace) in found.items():
     axes[0].semilogy(trace[:, 0], label=name)
     axes[1].semilogy(trace[:, 1], label=name)
 axes[0].set(xlabel="step", ylabel="RMS error", title="what is seen")
 axes[1].set(xlabel="step", title="in the hole")
 axes[1].legend()
-figure.tight_layout()
 plt.show()
 
 # %%
@@ -183,12 +189,17 @@ assert rms(after, 1 - seen) < 0.7 * rms(before, 1 - seen)
 assert rms(after, 1 - seen) < rms(free, 1 - seen)
 
 # %% [markdown]
-# From above: with its hole, decoded at first, found without a prior, and with it. The last row
-# fills the hole by what is around it. It knows how pictures look nearby, and not what was there:
+# The last row fills the hole by what is around it. It knows how pictures look nearby, and not what was there:
 # for that, a diffusion model is the prior to have, and this gradient is what the VAE gives to it.
 
 # %%
-strip(clip * seen, before, free, after)
+strip({"with a hole": clip * seen, "at first": before, "no prior": free, "prior": after})
+
+# %% [markdown]
+# As a film: the clip, with its hole, and found with the prior.
+
+# %%
+video.show(jnp.concatenate([clip, clip * seen, after], axis=3), fps=8, width=700)
 
 # %% [markdown]
 # What is seen is now nearer to the clip than its plain reconstruction: a search finds better
@@ -238,7 +249,7 @@ for _ in range(4):
 plain, red = decode(vae, target), decode(vae, guided)
 felt = np.linalg.norm(slopes[0][0], axis=(0, 3))
 changed = np.sqrt(np.mean((np.asarray(red) - plain)[0] ** 2, axis=(0, 3)))
-figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.7), dpi=100, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.7))
 for ax, values, label in zip(axes, (felt, changed), ("gradient", "RMS change"), strict=True):
     figure.colorbar(ax.imshow(values, cmap="magma", vmin=0), ax=ax, label=label, shrink=0.8)
 axes[0].set(xlabel="column of latents", ylabel="row of latents")
@@ -248,12 +259,12 @@ middle = changed.shape[1] // 2
 assert changed[:, :middle].mean() > 2 * changed[:, middle:].mean()
 
 # %% [markdown]
-# Above the clip as it was decoded, below with the wish.
+# The clip as it was decoded, and with the wish.
 
 # %%
 print(f"redness on the left {redness(plain, left):.3f}, then {redness(red, left):.3f}")
 assert redness(red, left) > redness(plain, left) + 0.05
-strip(plain, red)
+strip({"decoded": plain, "more red": red})
 
 # %% [markdown]
 # In a sampler the latents are those of the diffusion model, in its own units, and the wish is asked

@@ -52,9 +52,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def _mathml(formula: re.Match[str]) -> str:
     block = formula["block"]
-    return latex2mathml.converter.convert(
+    made = latex2mathml.converter.convert(
         block or formula["inline"], display="block" if block else "inline"
     ).replace("\n", " ")
+    # A line that begins with `<math` would be a block of HTML to Markdown.
+    return made if block else f"<span>{made}</span>"
 
 
 def _page(path: Path) -> tuple[str, dict[str, bytes]]:
@@ -70,4 +72,5 @@ def _page(path: Path) -> tuple[str, dict[str, bytes]]:
     text = re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](\1.md", text)
     title, rest = text.lstrip().split("\n", 1)
     download = f"[:material-download: Download as a notebook]({path.name}){{ .md-button download }}"
-    return f"{title}\n\n{download}\n{rest}", resources["outputs"]
+    needs = "[What it needs](index.md)"
+    return f"{title}\n\n{download} {needs}\n{rest}", resources["outputs"]

@@ -25,7 +25,7 @@ _SMALLER = {
     "frames=49, size=(480, 720)": "frames=17, size=(64, 96)",
     "(30, 45)": "(6, 8)",
     "memory=16 * 2**30": "tile=(48, 64)",
-    "cv.best_mesh(latents.shape)": "cv.best_mesh(latents.shape, jax.devices()[:1])",
+    "cv.best_mesh(latents.shape)": "cv.best_mesh(latents.shape, devices)",
 }
 PAGES = (
     "README.md",
@@ -65,6 +65,7 @@ def names():
     return {
         "clip": clip,
         "cv": cv,
+        "devices": jax.devices()[:1],  # what `_SMALLER` puts in
         "eqx": eqx,
         "jax": jax,
         "jnp": jnp,
@@ -104,12 +105,12 @@ def test_docstrings(text, names, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages(page, names, tmp_path, monkeypatch):
-    """A page's blocks follow on each other."""
+    """A page's blocks follow on each other, and import what they use."""
     found = blocks((ROOT / page).read_text())
     assert found
     monkeypatch.chdir(tmp_path)
     video.write("in.mp4", names["clip"], fps=8)
-    known = dict(names)
+    known = {name: names[name] for name in ("clip", "devices", "latents", "vae")}
     for block in found:
         run(block, known)
 
