@@ -56,7 +56,7 @@ def main() -> None:
     key, begun = jax.random.key(options.seed), time.time()
     last, recent = begun, []
     while (step := int(state.step)) < options.steps:
-        stage, stop = _stage(step, options.steps)
+        stage, stop = _stage(step, options)
         print(f"from step {step} on: {stage}", flush=True)
         for clips in _crops(stage, options).batches(step):
             state, metrics = trainer.step(state, _recoloured(clips, options.seed, step), key)
@@ -117,12 +117,12 @@ def _optimiser(options: argparse.Namespace) -> optax.GradientTransformation:
     )
 
 
-def _stage(step: int, steps: int) -> tuple[Stage, int]:
+def _stage(step: int, options: argparse.Namespace) -> tuple[Stage, int]:
     """The stage that a step belongs to, and the step it ends at."""
-    share = 0.0
-    for stage in STAGES:
-        share += stage.share
-        stop = round(steps * share)
+    stages, share = [STAGES[i] for i in options.stages], 0.0
+    for stage in stages:
+        share += stage.share / sum(each.share for each in stages)
+        stop = round(options.steps * share)
         if step < stop:
             break
     return stage, stop
@@ -207,6 +207,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--start", help="a checkpoint to begin from")
     parser.add_argument("--held-out", default="kitten", help="a clip to measure on")
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--stages", type=int, nargs="+", default=range(len(STAGES)))
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--save-every", type=float, default=300, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
