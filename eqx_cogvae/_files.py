@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and paths that are no files."""
 
 import contextlib
 import os
@@ -39,4 +39,11 @@ def check_writable(path: str | os.PathLike) -> None:
         raise PermissionError(f"cannot write {path}: {path.parent} is not writable.")
 
 
-__all__ = ["atomic", "check_writable"]
+def check_regular(path: str | os.PathLike) -> None:
+    """Raises `OSError` for a pipe, a socket or a device: they may never end, or never begin."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(f"{path} is a pipe or a device: copy what it gives to a file, and name that.")
+
+
+__all__ = ["atomic", "check_regular", "check_writable"]

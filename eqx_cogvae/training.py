@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from ._autoencoder import VAE
 from ._checkpoint import tensor_names
 from ._crops import Crops as Crops, Source as Source
-from ._files import atomic
+from ._files import atomic, check_regular
 from ._layers import ResnetBlock
 from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
 from ._types import Key
@@ -242,6 +242,7 @@ def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no training state at {path}.")
+    check_regular(path)
     try:
         with Path(path).open("rb") as file:
             state = eqx.tree_deserialise_leaves(file, like)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from ._files import atomic
+from ._files import atomic, check_regular
 from ._pixels import one_clip, to_pixels
 from ._procedural import procedural_clip
 from ._psnr import psnr
@@ -189,6 +189,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
         raise FileNotFoundError(f"there is no video at {path}.")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a directory, name a video in it.")
+    check_regular(path)
     try:
         with av.open(os.fspath(path)) as container:
             if not container.streams.video:
