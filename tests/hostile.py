@@ -33,7 +33,7 @@ import safetensors.numpy
 import torch
 
 import eqx_cogvae as cv
-from eqx_cogvae import _latents
+from eqx_cogvae import _latents, video
 
 CONFIG = cv.Config(
     block_out_channels=(2, 4), norm_num_groups=2, latent_channels=2, layers_per_block=1
@@ -387,12 +387,24 @@ def original_name(name):
 # The cases.
 
 
+def load_video(folder):
+    """Read whole, and at another rate and size; there is no other reader to ask."""
+    (path,) = folder.iterdir()
+    found = video.info(path)
+    clip = video.read(path)
+    assert clip.shape[0] == 1 and clip.shape[-1] == 3 and found.fps > 0
+    assert np.isfinite(clip).all() and np.abs(clip).max() <= 1
+    pieces = video.frames(path, size=(8, 8), fps=max(found.fps / 2, 0.001))
+    assert {piece.shape[2:] for piece in pieces} == {(8, 8, 3)}
+    return clip
+
+
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def build(folder):
-    """The four kinds of files, written whole."""
+    """The kinds of files, written whole."""
     vae = cv.VAE(CONFIG, key=jax.random.key(0))
     cv.save_pretrained(vae, folder / "single")
     single = files_of(folder / "single")
@@ -411,12 +423,17 @@ def build(folder):
     array = np.random.default_rng(0).standard_normal((1, 3, 4, 6, 2)).astype(np.float32)
     record = _latents.Latents(array, False, 0.7, True, 8.0, 8, 12, 5, 9, "0" * 12)
     _latents.save_latents(folder / "z" / "z.safetensors", record)
+    for suffix in ("mp4", "mkv"):
+        (folder / suffix).mkdir()
+        clip = video.procedural_clip(9, 16, 24)
+        video.write(folder / suffix / f"clip.{suffix}", clip)
     (folder / "outside.safetensors").write_bytes(single[WEIGHTS])
     return (
         Case(single, cv.from_pretrained, pretrained_oracle),
         Case(sharded, cv.from_pretrained, pretrained_oracle),
         Case(files_of(folder / "pt"), load_original, original_oracle),
         Case(files_of(folder / "z"), load_latents, latents_oracle),
+        *(Case(files_of(folder / s), load_video, lambda _: None) for s in ("mp4", "mkv")),
     )
 
 
@@ -526,13 +543,13 @@ def is_outside(path, folder):
     return near and not path.startswith(f"{folder}{os.sep}")
 
 
-def run(mutations, seed):
+def run(mutations, seed, only=None):
     """Counts of outcomes, and a line for each failure."""
     counts, failures = collections.Counter(), []
     watch = Watch()
     with tempfile.TemporaryDirectory() as top:
         top = Path(top).resolve()
-        cases = build(top)
+        cases = build(top)[slice(only, None if only is None else only + 1)]
         guard_memory()
         folder = top / "model"
         for number in range(mutations):
@@ -558,10 +575,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="the case of this number")
     options = parser.parse_args()
     warnings.simplefilter("error")
     start = time.process_time()
-    counts, failures = run(options.mutations, options.seed)
+    counts, failures = run(options.mutations, options.seed, options.only)
     for failure in failures[:20]:
         print(failure, file=sys.stderr)
     summary = dict(counts) | {"seconds": round(time.process_time() - start, 1)}
