@@ -19,7 +19,7 @@ import eqx_cogvae as cv
 
 from . import _latents, video
 from ._config import LATENT_BATCH, SAMPLE_BATCH, frame_batches, shown
-from ._files import atomic, check_writable
+from ._files import Written, atomic, check_writable
 from ._passes import STRIP, Comparison, Padding, Stopwatch, progress, timed
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -227,8 +227,8 @@ def _write(output: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
     if output.suffix != ".npy":
         video.write(output, pieces, fps=fps)
         return
-    with atomic(output) as partial:
-        np.save(partial, np.concatenate([piece.astype(np.float32) for piece in pieces], axis=1))
+    with atomic(output) as partial, Written(partial) as file:
+        np.save(file, np.concatenate([piece.astype(np.float32) for piece in pieces], axis=1))
 
 
 def _model(options: argparse.Namespace, source: Path | None = None) -> cv.VAE:

@@ -23,7 +23,7 @@ from jaxtyping import Shaped
 from ._autoencoder import VAE
 from ._checkpoint_files import CONFIG, INDEX, SHARD, WEIGHTS, find, read_json
 from ._config import Config
-from ._files import atomic, check_regular
+from ._files import atomic, beside, check_regular
 from ._tensor_files import FLOATS, Stored, empty, read_safetensors, write_safetensors
 from ._torch_pickle import read_torch
 
@@ -135,6 +135,8 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
 
     It appears whole or not at all, and a checkpoint already there stays as it is until the new
     one is complete. Other files in the directory stay, but for the shards of an old checkpoint.
+    A process killed at the very end of saving over a checkpoint of another config leaves none, if
+    it does not leave the old or the new one: never a mixture.
 
     **Raises:** `ValueError` for a model that is not whole, or that pads by replication, which
     diffusers' config cannot say; `OSError` where the files cannot be written.
@@ -154,9 +156,9 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
 
     path = Path(os.path.abspath(path))
     if path.is_dir():
-        with atomic(path / CONFIG) as config, atomic(path / WEIGHTS) as weights:
+        with beside(path / CONFIG) as config, beside(path / WEIGHTS) as weights:
             write(config, weights)
-        _remove_shards(path)
+            _replace(path, config, weights)
         return
     if path.exists():
         raise NotADirectoryError(f"cannot write {path}: it is a file, name a directory.")
@@ -341,9 +343,27 @@ def _stored_leaf(leaf: Any) -> Stored:
     return Stored(_stored_shape(leaf.shape), leaf.dtype.name, read)
 
 
-def _remove_shards(folder: Path) -> None:
-    """A sharded checkpoint's index would be read before the single file."""
+def _replace(folder: Path, config: Path, weights: Path) -> None:
+    """Puts the new files in the place of the old ones.
+
+    Only a rename is atomic, and these are two. Where the config changes there is none between
+    them, so that what a killed process leaves is refused. An index goes before the single file,
+    and hides it until it is removed.
+    """
+    place, old = folder / CONFIG, config.with_suffix(".old")
+    changed = not place.exists() or place.read_bytes() != config.read_bytes()
+    if changed and place.exists():
+        os.replace(place, old)
+    try:
+        os.replace(weights, folder / WEIGHTS)
+    except BaseException:
+        if old.exists():
+            os.replace(old, place)
+        raise
     (folder / INDEX).unlink(missing_ok=True)
+    if changed:
+        os.replace(config, place)
+        old.unlink(missing_ok=True)
     for path in folder.iterdir():
         if SHARD.fullmatch(path.name):
             path.unlink()

@@ -1,6 +1,8 @@
 """What a clip must be to be encoded or decoded, and frame counts that round-trip."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,21 @@ def check_range(video: AnyArray) -> None:
         )
 
 
+@contextlib.contextmanager
+def memory_advice(shape: tuple[int, ...]) -> Iterator[None]:
+    """Adds to an error for want of memory what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            error.add_note(
+                f"This was an array of shape {tuple(shape)}. `cv.plan(vae, video.shape)` lists "
+                "what each way to encode and decode takes and which fits: `cv.tiled`, `cv.sliced`, "
+                "`cv.streamed`, or a VAE loaded with `dtype=jnp.bfloat16`."
+            )
+        raise
+
+
 def warn_of_frames(t: int, config: Config) -> None:
     """Warns, in the name of the caller's caller, of a count that does not round-trip."""
     if t % SAMPLE_BATCH == 1:
@@ -83,4 +100,11 @@ def warn_of_frames(t: int, config: Config) -> None:
     )
 
 
-__all__ = ["check_clip", "check_range", "crop_frames", "pad_frames", "warn_of_frames"]
+__all__ = [
+    "check_clip",
+    "check_range",
+    "crop_frames",
+    "memory_advice",
+    "pad_frames",
+    "warn_of_frames",
+]

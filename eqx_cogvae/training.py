@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from ._autoencoder import VAE
 from ._checkpoint import tensor_names
 from ._crops import Crops as Crops, Source as Source
-from ._files import atomic, check_regular
+from ._files import Written, atomic, check_regular
 from ._layers import ResnetBlock
 from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
 from ._types import Key
@@ -228,9 +228,8 @@ def save_state(path: str | os.PathLike, state: TrainState) -> None:
 
     **Raises:** `OSError` where the file cannot be written.
     """
-    # By file objects: to a path without a suffix Equinox adds one.
-    with atomic(path) as partial, partial.open("wb") as file:
-        eqx.tree_serialise_leaves(file, state)
+    with atomic(path) as partial, Written(partial) as file:
+        eqx.tree_serialise_leaves(file, state)  # pyright: ignore
 
 
 def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
