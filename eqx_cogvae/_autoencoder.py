@@ -291,6 +291,7 @@ class VAE(eqx.Module):
         posterior = self.encode(video)
         return self.decode(posterior.mode() if key is None else posterior.sample(key))
 
+    @eqx.filter_jit
     def scale_latents(
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:
@@ -303,6 +304,7 @@ class VAE(eqx.Module):
         scaled = (latents - shift.astype(latents.dtype)) / std.astype(latents.dtype)
         return scaled * self._factor(image_condition)
 
+    @eqx.filter_jit
     def unscale_latents(
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:

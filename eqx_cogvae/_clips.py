@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,12 @@ def pad_frames(video: Float[AnyArray, "b t h w c"]) -> tuple[Float[AnyArray, "b 
     missing = (1 - t) % SAMPLE_BATCH
     if not missing:
         return video, t
-    return jnp.concatenate([video, jnp.repeat(video[:, -1:], missing, axis=1)], axis=1), t
+    return _repeated(video, missing), t
+
+
+@eqx.filter_jit
+def _repeated(video: AnyArray, count: int) -> AnyArray:
+    return jnp.concatenate([video, jnp.repeat(video[:, -1:], count, axis=1)], axis=1)
 
 
 def crop_frames(video: Float[AnyArray, "b t2 h w c"], t: int) -> Float[AnyArray, "b t h w c"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from ._config import frame_batches
 from ._interruption import Interruption
 from ._progress import progress_bar
-from ._transforms import Step, check_batch_size, jitted_step
+from ._transforms import Step, check_batch_size, cut, jitted_step
 from ._types import Cache, at_least_float32
 
 
@@ -189,7 +189,7 @@ class _Source:
         start = 0
         while start < x.shape[1]:
             stop = start + (self._size if start else self._first(x.shape[1]))
-            yield x[:, start:stop]
+            yield cut(x, start, stop)
             start = stop
 
     def _fill(self, count: int) -> int:
@@ -215,8 +215,8 @@ class _Source:
                 "that the first batch takes the remainder."
             )
         taken = _concatenate(self._waiting)
-        self._waiting = [taken[:, count:]] if held > count else []
-        return taken[:, :count]
+        self._waiting = [cut(taken, count, held)] if held > count else []
+        return cut(taken, 0, count)
 
 
 def _piece(frames: Any) -> Any:
