@@ -23,6 +23,7 @@ FLOATS = {
 _PICKLES = (b"PK\x03\x04", b"\x80")
 # That of the published checkpoints is 50 kB; in Python a header takes many times its bytes.
 _LONGEST_HEADER = 4 << 20
+_LONGEST_REASON = 200
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES: dict[str, str] = {code: name for name, code in _CODES.items()}
 
@@ -72,8 +73,9 @@ def read_header(path: str | os.PathLike, pickled: str) -> tuple[dict[str, str], 
     except (safetensors.SafetensorError, ValueError) as error:
         if start.startswith(_PICKLES):
             raise ValueError(f"{path} {pickled}") from error
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise ValueError(
-            f"{path} is not a complete safetensors file ({error}): copy or download it again."
+            f"{path} is not a complete safetensors file ({reason}): copy or download it again."
         ) from error
     metadata = header.pop("__metadata__", None) or {}
     entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])

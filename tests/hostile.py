@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -390,9 +391,9 @@ def original_name(name):
 # The cases.
 
 
-def load_video(folder):
+def load_video(suffix, folder):
     """Read whole, and at another rate and size; there is no other reader to ask."""
-    (path,) = folder.iterdir()
+    path = folder / f"clip.{suffix}"
     found = video.info(path)
     clip = video.read(path)
     assert clip.shape[0] == 1 and clip.shape[-1] == 3 and found.fps > 0
@@ -400,6 +401,10 @@ def load_video(folder):
     pieces = video.frames(path, size=(8, 8), fps=max(found.fps / 2, 0.001))
     assert {piece.shape[2:] for piece in pieces} == {(8, 8, 3)}
     return clip
+
+
+def nothing(folder):
+    """There is no other reader."""
 
 
 def files_of(folder):
@@ -436,7 +441,7 @@ def build(folder):
         Case(sharded, cv.from_pretrained, pretrained_oracle),
         Case(files_of(folder / "pt"), load_original, original_oracle),
         Case(files_of(folder / "z"), load_latents, latents_oracle),
-        *(Case(files_of(folder / s), load_video, lambda _: None) for s in ("mp4", "mkv")),
+        *(Case(files_of(folder / s), partial(load_video, s), nothing) for s in ("mp4", "mkv")),
     )
 
 
