@@ -94,7 +94,8 @@ class _Member(NamedTuple):
             header = file.read(_LOCAL_HEADER)
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         offset = self.info.header_offset + _LOCAL_HEADER + lengths
-        if not 0 <= offset <= self.path.stat().st_size - self.info.file_size:
+        fits = 0 <= offset <= self.path.stat().st_size - self.info.file_size
+        if not fits or not header.startswith(b"PK\x03\x04"):
             raise ValueError(_damaged(self.path))
         return offset
 
