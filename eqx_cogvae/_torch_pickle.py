@@ -185,7 +185,8 @@ class _Machine:
         return items
 
     def _put(self, name: str, argument: int | None) -> None:
-        self._memo[len(self._memo) if name == "MEMOIZE" else argument] = self._stack[-1]
+        del name  # one of them counts by itself
+        self._memo[len(self._memo) if argument is None else argument] = self._stack[-1]
 
     def _get(self, _: str, argument: int) -> None:
         self._stack.append(self._memo[argument])
