@@ -1,6 +1,6 @@
 """Long runs of a very small model: memory stays flat, and the last result equals the first.
 
-python scripts/soak.py                      # about ten minutes of one core
+python scripts/soak.py                      # four minutes of one core
 python scripts/soak.py --frames 2000 --calls 100 --adapter-calls 50
 """
 
