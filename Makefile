@@ -7,12 +7,13 @@ PINS := -c constraints.txt --build-constraint constraints.txt
 TESTED := '.[diffusers,video,train]' --group test
 NOTEBOOKS := $(patsubst notebooks/%.py,build/notebooks/%.ipynb,$(wildcard notebooks/*.py))
 
-.PHONY: help demo test test-full lint format docs docs-serve notebooks site clean
+.PHONY: help demo test test-full matrix lint format docs docs-serve notebooks site clean
 
 help:
 	@echo 'make demo       reconstruct a clip, offline'
 	@echo 'make test       the tests, but for the full-size ones'
 	@echo 'make test-full  the full-size tests'
+	@echo 'make matrix     some tests, on the lowest and highest versions supported'
 	@echo 'make lint       ruff and pyright'
 	@echo 'make format     mend what ruff can mend'
 	@echo 'make docs       the site, into site/; make docs-serve shows it while you write'
@@ -30,6 +31,9 @@ test: .venv/.test
 
 test-full: .venv/.test
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+matrix: .venv/.pip
+	$(BIN)/python scripts/matrix.py $(ARGS)
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

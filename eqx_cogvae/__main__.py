@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import re
 import sys
 import warnings
@@ -17,18 +18,27 @@ import numpy as np
 import eqx_cogvae as cv
 
 from . import _latents, video
-from ._config import LATENT_BATCH, SAMPLE_BATCH, frame_batches
+from ._config import LATENT_BATCH, SAMPLE_BATCH, frame_batches, shown
 from ._dataset_commands import add_commands
-from ._files import atomic, check_writable
+from ._files import Written, atomic, check_writable
 from ._passes import STRIP, Comparison, Padding, Stopwatch, progress, timed, to_decode
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_OUT_OF_MEMORY = (
+    "out of memory; give a smaller --size, or --dtype bfloat16: "
+    "`info MODEL --size FRAMES HxW` says what a size takes"
+)
+_LONGEST_LINE = 1000
 _DEFAULT_FRAMES = 49
 _DEFAULT_SIZE = (96, 144)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; a user's mistake is one line on stderr and 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name may be no text.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -40,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, argparse.ArgumentTypeError) as error:
         _note(f"error: {error}")
         return 2
+    except MemoryError:
+        _note(f"error: {_OUT_OF_MEMORY}")
+        return 2
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            error = (
-                "out of memory; give a smaller --size, or --dtype bfloat16: "
-                "`info MODEL --size FRAMES HxW` says what a size takes"
-            )
+            error = _OUT_OF_MEMORY
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
         _note(f"error: {error}")
@@ -214,8 +224,8 @@ def _write(output: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
     if output.suffix != ".npy":
         video.write(output, pieces, fps=fps)
         return
-    with atomic(output) as partial:
-        np.save(partial, np.concatenate([piece.astype(np.float32) for piece in pieces], axis=1))
+    with atomic(output) as partial, Written(partial) as file:
+        np.save(file, np.concatenate([piece.astype(np.float32) for piece in pieces], axis=1))
 
 
 def _model(options: argparse.Namespace, source: Path | None = None) -> cv.VAE:
@@ -258,20 +268,54 @@ def _print_costs(**watches: Stopwatch) -> None:
 
 
 def _note(message: str) -> None:
-    print("eqx_cogvae:", " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    print("eqx_cogvae:", line, file=sys.stderr)
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, such as 96x144, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"a size is HEIGHTxWIDTH, such as 96x144, got {shown(text)}"
+        )
     return int(match[1]), int(match[2])
 
 
 def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    if not re.fullmatch(r"[1-9][0-9]{0,6}", text):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 1, got {shown(text)}: ten million are too many"
+        )
     return int(text)
+
+
+def _index(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number, 0 to 999999999, got {shown(text)}"
+        )
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+        video.check_rate(rate)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"a frame rate is of 0.001 to 1000, got {shown(text)}"
+        ) from error
+    return rate
+
+
+def _gibibytes(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,9})?", text) or not float(text):
+        raise argparse.ArgumentTypeError(
+            f"expected gibibytes above 0, such as 16 or 0.5, got {shown(text)}"
+        )
+    return float(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -295,12 +339,14 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("model", nargs="?", default="tiny", metavar="MODEL")
             command.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
             command.add_argument("--size", nargs=2, metavar=("FRAMES", "HxW"), help="plan memory")
-            command.add_argument("--memory", type=float, metavar="GIB", help="to fit the plan into")
+            command.add_argument(
+                "--memory", type=_gibibytes, metavar="GIB", help="to fit the plan into"
+            )
             continue
         _add_paths(command, run)
         command.add_argument("--model", default="tiny", help="directory or hub id; default: tiny")
         command.add_argument("--dtype", choices=_DTYPES, default="float32")
-        command.add_argument("--fps", type=float, help="default: as the input has it")
+        command.add_argument("--fps", type=_rate, help="default: as the input has it")
         if run is _decode:
             command.add_argument("--layout", choices=("BTHWC", "BCTHW"), help="where not said")
         else:
@@ -320,13 +366,15 @@ def _add_paths(command: argparse.ArgumentParser, run: Callable) -> None:
 
 
 def _add_clip(command: argparse.ArgumentParser, *, seeded: bool) -> None:
-    command.add_argument("--start", type=int, default=0, help="first frame; default: 0")
+    command.add_argument("--start", type=_index, default=0, help="first frame; default: 0")
     command.add_argument("--frames", type=_count, help="how many; default: all")
     command.add_argument("--size", type=_size, metavar="HxW", help="resize, cropping to the aspect")
     command.set_defaults(seed=None)
     if seeded:
-        command.add_argument("--seed", type=int, help="of the procedural clip; default: 0")
-    command.add_argument("--sample", type=int, metavar="SEED", help="draw latents; default: mode")
+        command.add_argument("--seed", type=_index, help="of the procedural clip; default: 0")
+    command.add_argument(
+        "--sample", type=_index, metavar="SEED", help="draw latents; default: mode"
+    )
 
 
 if __name__ == "__main__":

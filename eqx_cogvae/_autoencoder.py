@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
-from ._clips import check_clip, check_range, warn_of_frames
+from ._clips import check_clip, check_range, memory_advice, warn_of_frames
 from ._config import LATENT_BATCH, SAMPLE_BATCH, Config
 from ._convolution import pointwise_conv
 from ._layers import (
@@ -271,7 +271,8 @@ class VAE(eqx.Module):
         )
         check_range(video)
         warn_of_frames(video.shape[1], self.config)
-        moments = framewise(self.encode_step, SAMPLE_BATCH)(jnp.asarray(video))
+        with memory_advice(video.shape):
+            moments = framewise(self.encode_step, SAMPLE_BATCH)(jnp.asarray(video))
         return DiagonalGaussian.from_moments(moments)
 
     def decode(self, latents: Float[AnyArray, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
@@ -280,7 +281,8 @@ class VAE(eqx.Module):
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
         check_clip(latents, "latents", self.config.latent_channels, smallest=1)
-        return framewise(self.decode_step, LATENT_BATCH)(jnp.asarray(latents))
+        with memory_advice(latents.shape):
+            return framewise(self.decode_step, LATENT_BATCH)(jnp.asarray(latents))
 
     def __call__(
         self, video: Float[AnyArray, "b t h w c"], *, key: Key | None = None
@@ -289,6 +291,7 @@ class VAE(eqx.Module):
         posterior = self.encode(video)
         return self.decode(posterior.mode() if key is None else posterior.sample(key))
 
+    @eqx.filter_jit
     def scale_latents(
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:
@@ -301,6 +304,7 @@ class VAE(eqx.Module):
         scaled = (latents - shift.astype(latents.dtype)) / std.astype(latents.dtype)
         return scaled * self._factor(image_condition)
 
+    @eqx.filter_jit
     def unscale_latents(
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:

@@ -3,6 +3,7 @@
 The path of a leaf in the tree, its parts joined by dots, is the tensor's name in diffusers.
 """
 
+import functools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from jaxtyping import Shaped
 from ._autoencoder import VAE
 from ._checkpoint_files import CONFIG, INDEX, SHARD, WEIGHTS, find, read_json
 from ._config import Config
-from ._files import atomic
+from ._files import atomic, beside, check_regular
 from ._tensor_files import FLOATS, Stored, empty, read_safetensors, write_safetensors
 from ._torch_pickle import read_torch
 
@@ -31,6 +32,8 @@ _DIFFUSERS_VERSION = "0.42.1"
 # Torch's OIDHW and OIHW to our DHWIO and HWIO; all else is laid out alike.
 _LAYOUTS = {5: (2, 3, 4, 1, 0), 4: (2, 3, 1, 0)}
 _SHOWN = 8
+_LONGEST = 200
+_FEW = 100
 _CHUNK = 1 << 20
 
 # From names in diffusers to those in the original; the order of up blocks is also reversed.
@@ -92,6 +95,7 @@ def from_pretrained(
     if any(re.match(r"(first_stage_model\.)?encoder\.down\.\d", name) for name in tensors):
         hint = "these are the names of zai-org's 3d-vae.pt, load it with `from_original`."
     where = str(files.weights[0] if len(files.weights) == 1 else files.config.parent)
+    _check_depth(config, len(tensors), where, hint)
     skeleton = _skeleton(config)
     names = list(_named(skeleton))
     return _filled(skeleton, names, tensors, _dtype(dtype, tensors), mesh, where, hint)
@@ -115,13 +119,14 @@ def from_original(path: str | os.PathLike, config: Config | None = None, dtype: 
         )
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}: give a 3d-vae.pt.")
+    check_regular(path)
     config = Config() if config is None else config
     tensors = _original_tensors(path)
-    skeleton, blocks = _skeleton(config), len(config.block_out_channels)
-    names = [_original_name(name, blocks) for name in _named(skeleton)]
     hint = "pass the `config=` that belongs to these weights."
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
         hint = "these are diffusers' names, load them with `from_pretrained`."
+    skeleton, blocks = _skeleton(config), len(config.block_out_channels)
+    names = [_original_name(name, blocks) for name in _named(skeleton)]
     return _filled(skeleton, names, tensors, _dtype(dtype, tensors), None, str(path), hint)
 
 
@@ -130,6 +135,8 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
 
     It appears whole or not at all, and a checkpoint already there stays as it is until the new
     one is complete. Other files in the directory stay, but for the shards of an old checkpoint.
+    A process killed at the very end of saving over a checkpoint of another config leaves none, if
+    it does not leave the old or the new one: never a mixture.
 
     **Raises:** `ValueError` for a model that is not whole, or that pads by replication, which
     diffusers' config cannot say; `OSError` where the files cannot be written.
@@ -149,9 +156,9 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
 
     path = Path(os.path.abspath(path))
     if path.is_dir():
-        with atomic(path / CONFIG) as config, atomic(path / WEIGHTS) as weights:
+        with beside(path / CONFIG) as config, beside(path / WEIGHTS) as weights:
             write(config, weights)
-        _remove_shards(path)
+            _replace(path, config, weights)
         return
     if path.exists():
         raise NotADirectoryError(f"cannot write {path}: it is a file, name a directory.")
@@ -208,12 +215,25 @@ def _complaint(where: str, faults: Mapping[str, list[str]], dtype: np.dtype, hin
     for fault, names in faults.items():
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            parts.append(f"{len(names)} {fault}: {', '.join(names[:_SHOWN])}{more}")
+            first = ", ".join(" ".join(name.split())[:_LONGEST] for name in names[:_SHOWN])
+            parts.append(f"{len(names)} {fault}: {first}{more}")
     if [fault for fault, names in faults.items() if names] == ["not finite"]:
         hint = f"get another copy, or a wider dtype if {dtype.name} was asked for."
     return f"the tensors in {where} do not fit the model; {'; '.join(parts)}; {hint}"
 
 
+def _check_depth(config: Config, held: int, where: str, hint: str) -> None:
+    """Raises for a config whose very skeleton would take longer than the file is large."""
+    resnets = len(config.block_out_channels) * (2 * config.layers_per_block + 1)
+    # Two convolutions and more in each, and a file may lack some.
+    if resnets > max(2 * held, _FEW):
+        raise ValueError(
+            f"the {held} tensors in {where} do not fit the model, which has {resnets} resnet "
+            f"blocks, by `layers_per_block`={config.layers_per_block}; {hint}"
+        )
+
+
+@functools.lru_cache(maxsize=1)
 def _skeleton(config: Config) -> VAE:
     """The VAE with shapes in the place of arrays: nothing is allocated."""
     return eqx.filter_eval_shape(lambda: VAE(config, key=jax.random.key(0)))
@@ -323,9 +343,27 @@ def _stored_leaf(leaf: Any) -> Stored:
     return Stored(_stored_shape(leaf.shape), leaf.dtype.name, read)
 
 
-def _remove_shards(folder: Path) -> None:
-    """A sharded checkpoint's index would be read before the single file."""
+def _replace(folder: Path, config: Path, weights: Path) -> None:
+    """Puts the new files in the place of the old ones.
+
+    Only a rename is atomic, and these are two. Where the config changes there is none between
+    them, so that what a killed process leaves is refused. An index goes before the single file,
+    and hides it until it is removed.
+    """
+    place, old = folder / CONFIG, config.with_suffix(".old")
+    changed = not place.exists() or place.read_bytes() != config.read_bytes()
+    if changed and place.exists():
+        os.replace(place, old)
+    try:
+        os.replace(weights, folder / WEIGHTS)
+    except BaseException:
+        if old.exists():
+            os.replace(old, place)
+        raise
     (folder / INDEX).unlink(missing_ok=True)
+    if changed:
+        os.replace(config, place)
+        old.unlink(missing_ok=True)
     for path in folder.iterdir():
         if SHARD.fullmatch(path.name):
             path.unlink()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ._tensor_files import unique
+
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -212,14 +214,14 @@ def _shards(index: Path) -> list[str]:
 
 def _plain(name: Any) -> bool:
     """Whether it names a file in the same directory, and no other place."""
-    return isinstance(name, str) and bool(re.fullmatch(r"[\w-][\w.-]*\.safetensors", name))
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w-][\w.-]{,199}\.safetensors", name))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """**Raises:** `ValueError` where the file is no JSON object; `OSError`."""
+    """**Raises:** `ValueError` for what is no JSON object, or gives a key twice; `OSError`."""
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy or download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")

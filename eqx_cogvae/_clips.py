@@ -1,7 +1,10 @@
 """What a clip must be to be encoded or decoded, and frame counts that round-trip."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +26,12 @@ def pad_frames(video: Float[AnyArray, "b t h w c"]) -> tuple[Float[AnyArray, "b 
     missing = (1 - t) % SAMPLE_BATCH
     if not missing:
         return video, t
-    return jnp.concatenate([video, jnp.repeat(video[:, -1:], missing, axis=1)], axis=1), t
+    return _repeated(video, missing), t
+
+
+@eqx.filter_jit
+def _repeated(video: AnyArray, count: int) -> AnyArray:
+    return jnp.concatenate([video, jnp.repeat(video[:, -1:], count, axis=1)], axis=1)
 
 
 def crop_frames(video: Float[AnyArray, "b t2 h w c"], t: int) -> Float[AnyArray, "b t h w c"]:
@@ -105,6 +113,21 @@ def check_range(video: AnyArray) -> None:
         )
 
 
+@contextlib.contextmanager
+def memory_advice(shape: tuple[int, ...]) -> Iterator[None]:
+    """Adds to an error for want of memory what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            error.add_note(
+                f"This was an array of shape {tuple(shape)}. `cv.plan(vae, video.shape)` lists "
+                "what each way to encode and decode takes and which fits: `cv.tiled`, `cv.sliced`, "
+                "`cv.streamed`, or a VAE loaded with `dtype=jnp.bfloat16`."
+            )
+        raise
+
+
 def warn_of_frames(t: int, config: Config) -> None:
     """Warns, in the name of the caller's caller, of a count that does not round-trip."""
     if t % SAMPLE_BATCH == 1:
@@ -119,4 +142,11 @@ def warn_of_frames(t: int, config: Config) -> None:
     )
 
 
-__all__ = ["check_clip", "check_range", "crop_frames", "pad_frames", "warn_of_frames"]
+__all__ = [
+    "check_clip",
+    "check_range",
+    "crop_frames",
+    "memory_advice",
+    "pad_frames",
+    "warn_of_frames",
+]

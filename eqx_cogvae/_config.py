@@ -3,12 +3,18 @@
 import dataclasses
 import difflib
 import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 SAMPLE_BATCH = 8
 LATENT_BATCH = 2
+# Beyond any network that fits a device, and where no size of an array overflows.
+_WIDEST = 2**16
+_DEEPEST = 12
+_LARGEST = 2**31 - 1
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "cogvideox-2b": {},
@@ -88,9 +94,11 @@ class Config:
             elif getattr(self, field) != due:
                 raise ValueError(
                     f"`{field}` must be {blocks} times {kind!r}, one for each of "
-                    f"`block_out_channels`, got {getattr(self, field)}."
+                    f"`block_out_channels`, got {shown(getattr(self, field))}."
                 )
         _check_numbers(self)
+        _check_switches(self)
+        _check_statistics(self)
 
     @property
     def spatial_compression(self) -> int:
@@ -133,7 +141,9 @@ class Config:
         """
         model = fields.get("_class_name", "AutoencoderKLCogVideoX")
         if model not in ("AutoencoderKLCogVideoX", "EqxAutoencoderKLCogVideoX"):
-            raise ValueError(f"expected the config of an AutoencoderKLCogVideoX, got a {model!r}.")
+            raise ValueError(
+                f"expected the config of an AutoencoderKLCogVideoX, got a {shown(model)}."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         given: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v
@@ -143,7 +153,7 @@ class Config:
         for key in given.keys() - set(known):
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-            raise ValueError(f"unknown config key {key!r}: {hint}")
+            raise ValueError(f"unknown config key {shown(key)}: {hint}")
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,23 +179,31 @@ def frame_batches(t: int, size: int) -> tuple[int, ...]:
     return (t,) if t < size else (size + t % size,) + (size,) * (t // size - 1)
 
 
+def shown(value: Any) -> str:
+    """The value as code, cut where it is long: a message stays a line."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
 def _check_integers(config: Config) -> None:
-    names = (
-        "in_channels",
-        "out_channels",
-        "latent_channels",
-        "layers_per_block",
-        "norm_num_groups",
-        "sample_height",
-        "sample_width",
-    )
     widths = config.block_out_channels
-    if not isinstance(widths, tuple) or not widths:
-        raise ValueError(f"`block_out_channels` must be a tuple of widths, got {widths!r}.")
-    named = [(name, getattr(config, name)) for name in names]
-    for name, value in named + [("block_out_channels", width) for width in widths]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must hold whole numbers of at least 1, got {value!r}.")
+    if not isinstance(widths, tuple) or not 1 <= len(widths) <= _DEEPEST:
+        raise ValueError(
+            f"`block_out_channels` must be a tuple of widths, at most {_DEEPEST}, "
+            f"got {shown(widths)}."
+        )
+    channels = ("in_channels", "out_channels", "latent_channels", "norm_num_groups")
+    others = ("layers_per_block", "sample_height", "sample_width")
+    named = [("block_out_channels", width, _WIDEST) for width in widths]
+    named += [(name, getattr(config, name), _WIDEST) for name in channels]
+    named += [(name, getattr(config, name), _LARGEST) for name in others]
+    for name, value, most in named:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(
+                f"`{name}` must hold whole numbers of at least 1, got {shown(value)}: "
+                f"the most are {most}."
+            )
 
 
 def _check_numbers(config: Config) -> None:
@@ -197,29 +215,52 @@ def _check_numbers(config: Config) -> None:
         )
     if config.act_fn not in ACTIVATIONS:
         raise ValueError(
-            f"`act_fn` must be one of {', '.join(ACTIVATIONS)}, got {config.act_fn!r}."
+            f"`act_fn` must be one of {', '.join(ACTIVATIONS)}, got {shown(config.act_fn)}."
         )
-    positive = ("norm_eps", "temporal_compression_ratio", "scaling_factor")
-    for name in positive:
+    for name in ("norm_eps", "temporal_compression_ratio", "scaling_factor"):
         value = getattr(config, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value < math.inf
-        ):
-            raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+        if not _is_number(value) or value <= 0:
+            raise ValueError(f"`{name}` must be a positive number, got {shown(value)}.")
     if config.temporal_compression_ratio < 1:
         raise ValueError(
             "`temporal_compression_ratio` must be at least 1, "
             f"got {config.temporal_compression_ratio}."
         )
-    for name in ("latents_mean", "latents_std"):
+
+
+def _check_switches(config: Config) -> None:
+    for name in ("use_quant_conv", "use_post_quant_conv", "invert_scale_latents", "force_upcast"):
         value = getattr(config, name)
-        if value is not None and len(value) != config.latent_channels:
+        # diffusers declares this one a number, and gives it a truth value.
+        if not isinstance(value, bool) and not (name == "force_upcast" and _is_number(value)):
+            raise ValueError(f"`{name}` must be True or False, got {shown(value)}.")
+
+
+def _check_statistics(config: Config) -> None:
+    """The numbers that `VAE.scale_latents` uses."""
+    if config.shift_factor is not None and not _is_number(config.shift_factor):
+        raise ValueError(
+            f"`shift_factor` must be a finite number or None, got {shown(config.shift_factor)}."
+        )
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(config, name)
+        if values is None:
+            continue
+        if not isinstance(values, tuple) or not all(map(_is_number, values)):
+            raise ValueError(f"`{name}` must be finite numbers or None, got {shown(values)}.")
+        if len(values) != config.latent_channels:
             raise ValueError(
                 f"`{name}` must have {config.latent_channels} entries, one per latent channel, "
-                f"got {len(value)}."
+                f"got {len(values)}."
             )
+        if name == "latents_std" and min(values) <= 0:
+            raise ValueError(f"`latents_std` must be positive, got {shown(values)}.")
 
 
-__all__ = ["ACTIVATIONS", "LATENT_BATCH", "SAMPLE_BATCH", "Config", "frame_batches"]
+def _is_number(value: Any) -> bool:
+    """Whether it is finite, as a float too."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
+
+__all__ = ["ACTIVATIONS", "LATENT_BATCH", "SAMPLE_BATCH", "Config", "frame_batches", "shown"]

@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +15,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from jaxtyping import Array, Float, Shaped
 
 from ._files import atomic
-from ._tensor_files import Stored, write_safetensors
+from ._tensor_files import FLOATS, Stored, read_header, write_safetensors
 
 FORMAT = "eqx_cogvae.latents.1"
 _NAME = "latents"
 _LOGVAR = "logvar"
 _TENSORS = ("array", "logvar")
 LAYOUTS = ("BTHWC", "BCTHW")
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_PICKLES = (b"PK\x03\x04", b"\x80")
+_PICKLED = (
+    "is a pickle or an archive, which may run code when opened; latents come as safetensors: "
+    "`safetensors.torch.save_file({'latents': z}, path)`."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +94,15 @@ def load_latents(
     place. The result is BTHWC in either case.
 
     **Raises:** `ValueError` for a file that is no safetensors or is truncated, for latents that
-    are not finite, of a wrong rank, dtype or channel count, or of unknown layout;
-    `FileNotFoundError`; `IsADirectoryError`.
+    are not finite, of a wrong rank, dtype or channel count, or of unknown layout, and for
+    metadata that cannot be; `FileNotFoundError`; `IsADirectoryError`; `OSError`.
     """
     if layout is not None:
         check_layout(layout)
     (array, logvar), metadata = _read(Path(path))
-    if array.ndim != 5:
-        raise ValueError(f"latents in {path} must have five axes, got shape {array.shape}.")
     own = metadata.get("layout")
     if own is not None:
-        check_layout(own)
+        check_layout(own, f" in the metadata of {path}")
     if own and layout and own != layout:
         raise ValueError(f"{path} says that its layout is {own}, asked to read it as {layout}.")
     layout = own or layout or _layout_of(path, array.shape, channels)
@@ -165,39 +167,33 @@ def _read(path: Path) -> tuple[tuple[np.ndarray, np.ndarray | None], Mapping[str
         raise IsADirectoryError(f"{path} is a directory, name a latents file in it.")
     if not path.exists():
         raise FileNotFoundError(f"there is no latents file at {path}.")
-    content = path.read_bytes()
-    try:
-        tensors = dict(safetensors.deserialize(content))
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        if content.startswith(_PICKLES):
-            raise ValueError(
-                f"{path} is a pickle or an archive, which may run code when opened; latents come "
-                "as safetensors: `safetensors.torch.save_file({'latents': z}, path)`."
-            ) from error
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}): copy or encode it again."
-        ) from error
+    metadata, tensors = read_header(path, _PICKLED)
     if _NAME not in tensors and len(tensors) != 1:
         raise ValueError(
             f"{path} must hold a tensor named {_NAME!r}, or one alone; "
-            f"it holds {len(tensors)}: {', '.join(sorted(tensors)[:4])}."
+            f"it holds {len(tensors)}: {', '.join(name[:80] for name in sorted(tensors)[:4])}."
         )
-    entry: Any = tensors.get(_NAME) or next(iter(tensors.values()))
+    stored = tensors.get(_NAME) or next(iter(tensors.values()))
     logvar = tensors.get(_LOGVAR) if _NAME in tensors else None
-    return (_array(path, entry), None if logvar is None else _array(path, logvar)), metadata
+    return (_array(path, stored), None if logvar is None else _array(path, logvar)), metadata
 
 
-def _array(path: Path, entry: Any) -> np.ndarray:
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"latents in {path} must be floating, got {entry['dtype']}.")
-    return np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+def _array(path: Path, stored: Stored) -> np.ndarray:
+    if stored.dtype not in FLOATS:
+        raise ValueError(f"latents in {path} must be floating, got {stored.dtype}.")
+    if len(stored.shape) != 5 or 0 in stored.shape:
+        raise ValueError(
+            f"latents in {path} must have five axes, got shape "
+            f"{reprlib.repr(stored.shape)}, of which none may be empty."
+        )
+    return stored.read()
 
 
-def check_layout(layout: str) -> None:
+def check_layout(layout: str, where: str = "") -> None:
     if layout not in LAYOUTS:
-        raise ValueError(f"a layout is one of {', '.join(LAYOUTS)}, got {layout!r}.")
+        raise ValueError(
+            f"a layout is one of {', '.join(LAYOUTS)}, got {reprlib.repr(layout)}{where}."
+        )
 
 
 def _layout_of(path: Any, shape: tuple[int, ...], channels: int | None) -> str:
@@ -217,20 +213,26 @@ def _layout_of(path: Any, shape: tuple[int, ...], channels: int | None) -> str:
 
 
 def _fields(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
+    made_by = metadata.get("format", FORMAT)
+    if made_by != FORMAT and made_by.startswith(FORMAT.rstrip("0123456789")):
+        raise ValueError(
+            f"{path} is of format {reprlib.repr(made_by)}, this version reads {FORMAT}: "
+            "update eqx_cogvae."
+        )
     readers = {
         "scaled": _boolean,
-        "scaling_factor": float,
+        "scaling_factor": _positive,
         "invert_scale_latents": _boolean,
-        "fps": float,
-        "height": int,
-        "width": int,
-        "frames": int,
-        "padded": int,
-        "fingerprint": str,
+        "fps": _positive,
+        "height": _count,
+        "width": _count,
+        "frames": _count,
+        "padded": _count,
+        "fingerprint": _digits,
         "source": str,
-        "source_sha256": str,
-        "start": int,
-        "seed": int,
+        "source_sha256": _digits,
+        "start": _whole,
+        "seed": _whole,
     }
     fields = {}
     for name in readers.keys() & metadata.keys():
@@ -238,7 +240,8 @@ def _fields(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
             fields[name] = readers[name](metadata[name])
         except ValueError as error:
             raise ValueError(
-                f"{path} has {name}={metadata[name]!r} in its metadata, which cannot be read."
+                f"{path} has {name}={reprlib.repr(metadata[name])} in its metadata, which cannot "
+                "be: encode it again, or save the tensor without metadata."
             ) from error
     return fields
 
@@ -247,6 +250,30 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError(text)
     return text.lower() == "true"
+
+
+def _positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError(text)
+    return float(text)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def _digits(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{1,64}", text):
+        raise ValueError(text)
+    return text
 
 
 __all__ = [

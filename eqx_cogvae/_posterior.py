@@ -24,6 +24,7 @@ class DiagonalGaussian(eqx.Module):
     """The logarithm of each element's variance, in [-30, 20] when it comes from the encoder."""
 
     @classmethod
+    @eqx.filter_jit
     def from_moments(cls, moments: Float[Array, "b t h w m"]) -> "DiagonalGaussian":
         """From the encoder's channels: the means, then the log variances, clamped to [-30, 20]."""
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -32,16 +33,18 @@ class DiagonalGaussian(eqx.Module):
     @property
     def std(self) -> Float[Array, "b t h w c"]:
         """The standard deviation of each element: `exp(logvar / 2)`."""
-        return jnp.exp(0.5 * self.logvar)
+        return _exp_of_half(self.logvar)
 
     def mode(self) -> Float[Array, "b t h w c"]:
         """The most likely latents."""
         return self.mean
 
+    @eqx.filter_jit
     def sample(self, key: Key) -> Float[Array, "b t h w c"]:
         """Latents drawn at random; differentiable in `mean` and `logvar`."""
         return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
+    @eqx.filter_jit
     def kl(self, other: "DiagonalGaussian | None" = None) -> Float[Array, " b"]:
         """KL divergence to `other`, or to the unit Gaussian, in nats, summed over all but batch."""
         mean, logvar = _upcast(self.mean, self.logvar)
@@ -53,11 +56,17 @@ class DiagonalGaussian(eqx.Module):
             terms = away + jnp.exp(logvar - to_logvar) - 1.0 - logvar + to_logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3, 4))
 
+    @eqx.filter_jit
     def nll(self, x: Float[Array, "b t h w c"]) -> Float[Array, " b"]:
         """Negative log likelihood of `x` in nats, summed over all but the batch."""
         mean, logvar, x = _upcast(self.mean, self.logvar, x)
         terms = math.log(2 * math.pi) + logvar + jnp.square(x - mean) * jnp.exp(-logvar)
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3, 4))
+
+
+@eqx.filter_jit
+def _exp_of_half(x: Array) -> Array:
+    return jnp.exp(0.5 * x)
 
 
 def _upcast(*arrays: Array) -> tuple[Array, ...]:

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from ._config import frame_batches
+from ._interruption import Interruption
 from ._progress import progress_bar
-from ._transforms import Step, check_batch_size, jitted_step
+from ._transforms import Step, check_batch_size, cut, jitted_step
 from ._types import Cache, at_least_float32
 
 
@@ -34,7 +35,9 @@ class Stream(Iterator):
     """Results of a step over frame batches; `cache` and `frame` tell how far it has come.
 
     `cache` is what the last batch returned, and is given away when the next one is asked for.
-    `frame` counts the input frames that the results so far were made of.
+    `frame` counts the input frames that the results so far were made of. A `KeyboardInterrupt`
+    leaves both as they belong together, for another stream to go on from: during a step it waits
+    until the next one is asked for.
     """
 
     cache: Cache
@@ -46,6 +49,7 @@ class Stream(Iterator):
         self._batches = source.batches()
         self._bar = progress_bar(source.length, "frame", show=streamed.progress)
         self._last: PyTree = None
+        self._interruption = Interruption()
         # A cache that was given stays the caller's own.
         self.cache = jax.tree.map(lambda x: jnp.array(x, copy=True), cache)
         self.frame = 0
@@ -54,11 +58,17 @@ class Stream(Iterator):
         return self
 
     def __next__(self) -> PyTree[Array]:
+        self._interruption.raise_pending()
         # One batch in flight: else a slow consumer lets results pile up on the device.
         jax.block_until_ready(self._last)
         try:
             batch = next(self._batches)
-            result, self.cache = jitted_step((self._step, batch), self.cache)
+            # The old cache is given away before the new one is there.
+            with self._interruption:
+                self._last, self.cache = jitted_step((self._step, batch), self.cache)
+                self.frame += batch.shape[1]
+                self._bar.update(batch.shape[1])
+                return self._last
         except StopIteration:
             self._close()
             raise
@@ -71,10 +81,6 @@ class Stream(Iterator):
             raise kind(
                 f"the stream stopped at frame {self.frame}, those before it are done: {reason}"
             ) from error
-        self.frame += batch.shape[1]
-        self._last = result
-        self._bar.update(batch.shape[1])
-        return result
 
     def _close(self) -> None:
         self._last = None
@@ -183,7 +189,7 @@ class _Source:
         start = 0
         while start < x.shape[1]:
             stop = start + (self._size if start else self._first(x.shape[1]))
-            yield x[:, start:stop]
+            yield cut(x, start, stop)
             start = stop
 
     def _fill(self, count: int) -> int:
@@ -209,8 +215,8 @@ class _Source:
                 "that the first batch takes the remainder."
             )
         taken = _concatenate(self._waiting)
-        self._waiting = [taken[:, count:]] if held > count else []
-        return taken[:, :count]
+        self._waiting = [cut(taken, count, held)] if held > count else []
+        return cut(taken, 0, count)
 
 
 def _piece(frames: Any) -> Any:

@@ -5,12 +5,14 @@ import mmap
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 from jaxtyping import Shaped
+
+from ._files import check_regular
 
 FLOATS = {
     "float64": np.dtype(np.float64),
@@ -18,7 +20,10 @@ FLOATS = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(jnp.bfloat16),
 }
-PICKLES = (b"PK\x03\x04", b"\x80")
+_PICKLES = (b"PK\x03\x04", b"\x80")
+# That of the published checkpoints is 50 kB; in Python a header takes many times its bytes.
+_LONGEST_HEADER = 4 << 20
+_LONGEST_REASON = 200
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES: dict[str, str] = {code: name for name, code in _CODES.items()}
 
@@ -32,34 +37,62 @@ class Stored(NamedTuple):
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, Stored]:
-    """The tensors of a safetensors file, in the file's order.
+    """The tensors of a safetensors file of weights, in the file's order.
 
     **Raises:** `ValueError` for a file that is truncated or something else; `OSError`.
     """
+    return read_header(
+        path,
+        "is a pickle, which may run code when opened, and safetensors are due: convert it with "
+        "diffusers' `save_pretrained`, or, if its names are those of zai-org's 3d-vae.pt, load "
+        "it with `from_original`, which runs nothing.",
+    )[1]
+
+
+def read_header(path: str | os.PathLike, pickled: str) -> tuple[dict[str, str], dict[str, Stored]]:
+    """The metadata and the tensors of a safetensors file, in the file's order.
+
+    **Raises:** `ValueError` for a file that is truncated or something else, with `pickled` after
+    its name where it is a pickle; `OSError`.
+    """
     path = Path(path)
+    check_regular(path)
+    with path.open("rb") as file:
+        start = file.read(8)
+    length = int.from_bytes(start, "little")
     try:
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"its header would be of {length} bytes")
         # Its own reader maps the file, whose pages would count as memory in use. It checks the
         # header, and the file's length against it; the tensors are then read plainly.
         with safetensors.safe_open(path, framework="numpy"):
             pass
-    except safetensors.SafetensorError as error:
         with path.open("rb") as file:
-            pickled = file.read(4).startswith(PICKLES)
-        if pickled:
-            raise ValueError(
-                f"{path} is a pickle, which may run code when opened, and safetensors are due: "
-                "convert it with diffusers' `save_pretrained`, or, if its names are those of "
-                "zai-org's 3d-vae.pt, load it with `from_original`, which runs nothing."
-            ) from error
+            file.seek(len(start))
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+    except (safetensors.SafetensorError, ValueError) as error:
+        if start.startswith(_PICKLES):
+            raise ValueError(f"{path} {pickled}") from error
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise ValueError(
-            f"{path} is not a complete safetensors file ({error}): copy or download it again."
+            f"{path} is not a complete safetensors file ({reason}): copy or download it again."
         ) from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-    return {name: _stored(path, 8 + length, entry) for name, entry in entries}
+    return metadata, {name: _stored(path, 8 + length, entry) for name, entry in entries}
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`.
+
+    **Raises:** `ValueError` for a key that is there twice, of which readers take one or other.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"it gives {twice[:80]!r} twice")
+    return content
 
 
 def write_safetensors(
@@ -130,10 +163,11 @@ def _size(shape: Iterable[int]) -> int:
 
 __all__ = [
     "FLOATS",
-    "PICKLES",
     "Stored",
     "empty",
+    "read_header",
     "read_range",
     "read_safetensors",
+    "unique",
     "write_safetensors",
 ]

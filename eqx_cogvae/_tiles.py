@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from ._progress import progress_bar
-from ._transforms import Transform, call, is_traced, join
+from ._transforms import Transform, call, cut, is_traced, join
 from ._types import at_least_float32
 
 EDGES = ("clip", "shift")
@@ -244,12 +244,12 @@ def _blended(before: PyTree, after: PyTree, extent: int, axis: int) -> PyTree:
 
 
 def _cropped(tree: PyTree[Array], height: int, width: int) -> PyTree[Array]:
-    return jax.tree.map(lambda x: x[:, :, :height, :width], tree)
+    return jax.tree.map(lambda x: cut(cut(x, 0, height, _HEIGHT), 0, width, _WIDTH), tree)
 
 
 def _cut(x: Array, place: tuple[Span, Span]) -> Array:
     row, column = place
-    return x[:, :, row.start : row.stop, column.start : column.stop]
+    return cut(cut(x, row.start, row.stop, _HEIGHT), column.start, column.stop, _WIDTH)
 
 
 __all__ = ["Factor", "Span", "blend", "spans", "tiled"]

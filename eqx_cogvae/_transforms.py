@@ -48,7 +48,7 @@ class Framewise(Transform):
         sizes = frame_batches(x.shape[1], self.size)
         results, cache, start = [], None, 0
         for size in sizes:
-            result, cache = jitted_step((self.step, x[:, start : start + size]), cache)
+            result, cache = jitted_step((self.step, cut(x, start, start + size)), cache)
             results.append(result)
             start += size
         return join(results, axis=1)
@@ -136,6 +136,13 @@ def jitted_step(step_and_frames: tuple[Step, PyTree[Array]], cache: Cache) -> tu
     return step(frames, cache)
 
 
+def cut(x: Any, start: int, stop: int, axis: int = 1) -> Any:
+    """`x[:, start:stop]`, for which JAX would send the two numbers to the device."""
+    if not isinstance(x, jax.Array):
+        return x[(slice(None),) * axis + (slice(start, stop),)]
+    return lax.slice_in_dim(x, start, min(stop, x.shape[axis]), axis=axis)
+
+
 def is_traced(tree: PyTree) -> bool:
     """Whether any array of `tree` stands for one that is not there yet."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
@@ -175,6 +182,7 @@ __all__ = [
     "Transform",
     "call",
     "check_batch_size",
+    "cut",
     "framewise",
     "is_traced",
     "jitted_step",

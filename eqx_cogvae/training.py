@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from ._autoencoder import VAE
 from ._checkpoint import tensor_names
 from ._crops import Crops as Crops, Source as Source
-from ._files import atomic
+from ._files import Written, atomic, check_regular
 from ._layers import ResnetBlock
 from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
 from ._types import Key
@@ -259,9 +259,8 @@ def save_state(path: str | os.PathLike, state: TrainState) -> None:
 
     **Raises:** `OSError` where the file cannot be written.
     """
-    # By file objects: to a path without a suffix Equinox adds one.
-    with atomic(path) as partial, partial.open("wb") as file:
-        eqx.tree_serialise_leaves(file, state)
+    with atomic(path) as partial, Written(partial) as file:
+        eqx.tree_serialise_leaves(file, state)  # pyright: ignore
 
 
 def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
@@ -273,6 +272,7 @@ def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no training state at {path}.")
+    check_regular(path)
     try:
         with Path(path).open("rb") as file:
             state = eqx.tree_deserialise_leaves(file, like)

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 import itertools
-import math
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from ._files import atomic
+from ._files import atomic, check_regular
 from ._pixels import one_clip, to_pixels
 from ._procedural import procedural_clip
 from ._psnr import psnr
@@ -27,6 +26,16 @@ Frames: TypeAlias = Shaped[np.ndarray, "..."] | Shaped[Array, "..."]
 CONTAINERS = (".mp4", ".mov", ".mkv")
 """What the name of a video that is written may end in."""
 _BT709 = 1
+# What H.264 holds, and what the time bases of containers do: beyond, frames would be lost.
+_LONGEST_SIDE = 16384
+_RATES = (0.001, 1000)
+_MOST_FRAMES = 2**31 - 1
+# FFmpeg goes by a file's content, whatever its name: no playlists, which name other files.
+_READABLE = {
+    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,ogg,asf,"
+    "mxf,nut,rm,dv,gif,apng,yuv4mpegpipe,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe",
+    "protocol_whitelist": "file",
+}
 # Up to SSE4.2: with AVX-512, x264 was measured to give different files for equal clips.
 _X264 = {"x264-params": "asm=MMX2,SSE2Fast,SSSE3,SSE4.2"}
 
@@ -215,8 +224,10 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
         raise FileNotFoundError(f"there is no video at {path}.")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a directory, name a video in it.")
+    check_regular(path)
     try:
-        with av.open(os.fspath(path)) as container:
+        options = {"options": _READABLE, "metadata_errors": "replace"}
+        with av.open(os.fspath(path), **options) as container:
             if not container.streams.video:
                 raise ValueError(
                     f"{path} has no video stream, or an empty one: choose another file."
@@ -297,12 +308,14 @@ def _check_reading(
     batch: int,
 ) -> None:
     for name, value, least in (("start", start, 0), ("frames", frames, 1), ("batch", batch, 1)):
-        if value is not None and value < least:
+        if value is not None and not least <= value <= _MOST_FRAMES:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"`size` must be (height, width) in pixels, got {size}.")
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"`fps` must be a positive number, got {fps}.")
+    if size is not None and (len(size) != 2 or min(size) < 1 or max(size) > _LONGEST_SIDE):
+        raise ValueError(
+            f"`size` must be (height, width) in pixels, at most {_LONGEST_SIDE}, got {size}."
+        )
+    if fps is not None:
+        check_rate(fps)
 
 
 def _pictures(
@@ -360,9 +373,17 @@ def _joined(pictures: list[np.ndarray]) -> Float[np.ndarray, "1 t h w 3"]:
     return np.stack(pictures)[None].astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+def check_rate(fps: float | int) -> None:
+    """Raises `ValueError` for a frame rate that files cannot hold."""
+    slowest, fastest = _RATES
+    if not slowest <= fps <= fastest:
+        raise ValueError(
+            f"`fps` must be a positive number, got {fps}: files hold {slowest} to {fastest}."
+        )
+
+
 def _check_encoding(fps: float | int, crf: int) -> None:
-    if not 0 < fps < math.inf:
-        raise ValueError(f"`fps` must be a positive number, got {fps}.")
+    check_rate(fps)
     if not 0 <= crf <= 51:
         raise ValueError(f"`crf` must lie in 0 to 51, got {crf}.")
 
@@ -375,6 +396,11 @@ def _encode(target: Any, video: Frames | Iterable[Frames], fps: float | int, crf
     first = next(frames, None)
     if first is None:
         raise ValueError("there are no frames to write, got an empty clip.")
+    if not 1 <= min(first.shape[:2]) <= max(first.shape[:2]) <= _LONGEST_SIDE:
+        raise ValueError(
+            f"frames must have 1 to {_LONGEST_SIDE} pixels a side, got {first.shape[0]}x"
+            f"{first.shape[1]}."
+        )
     kind = {"options": {"movflags": "faststart"}} if isinstance(target, str) else {"format": "mp4"}
     with av.open(target, "w", **kind) as container:
         stream = _h264(container, first.shape, fps, crf)
