@@ -67,7 +67,8 @@ def map_frames(fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]) -> Ar
         return fn(x)
     frames = jnp.moveaxis(x, 1, 0)[:, :, None]
     _, y = lax.scan(lambda _, frame: (None, fn(frame)[:, 0]), None, frames)
-    return jnp.moveaxis(y, 0, 1)
+    # One layout for all that read it: XLA for TPUs would else copy it for each.
+    return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
 
 
 def causal_conv(
@@ -128,18 +129,23 @@ def _tap_by_tap(x: Array, kernel: Array, pads: Pads) -> Array:
     XLA for TPUs pads and lays out anew what it convolves: here one frame at a time.
     """
     accumulator = at_least_float32(x).dtype
-    parts = [
-        lax.conv_general_dilated(
-            x[:, i],
+
+    def convolved(frame: Array, tap: Array) -> Array:
+        return lax.conv_general_dilated(
+            frame,
             tap,
             (1, 1),
             pads,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             preferred_element_type=accumulator,
         )
-        for i, tap in enumerate(kernel)
-    ]
-    return functools.reduce(jnp.add, parts)[:, None]
+
+    total = convolved(x[:, 0], kernel[0])
+    for i in range(1, len(kernel)):
+        # One after the other: XLA would prepare all the frames first.
+        frame, total = lax.optimization_barrier((x[:, i], total))
+        total = total + convolved(frame, kernel[i])
+    return jnp.expand_dims(total, 1)
 
 
 def frame_conv(

@@ -374,22 +374,25 @@ def _loop_over_frames(act, norm, conv, x, cache, latents, skip):
         one = jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
         return act(affine.of_frame(one, i, count)).astype(x.dtype)
 
-    def convolved(cache, i):
+    def convolved(frames, i):
+        cache = jnp.concatenate(frames, axis=1) if frames else None
         y, cache = conv(normed(i), cache)
         y = y if skip is None else skip.frame(i)() + y
-        return cache, y[:, 0]
+        frames = tuple(jnp.split(cache, past, axis=1)) if frames else ()
+        return frames, y[:, 0]
 
     index = jnp.arange(count, dtype=jnp.int32)
     if cache is None and past:
         cache = jnp.repeat(normed(index[0]), past, axis=1)
-    _, y = jax.lax.scan(convolved, cache, index)
+    frames = () if cache is None else tuple(jnp.split(cache, past, axis=1))
+    _, y = jax.lax.scan(convolved, frames, index)
     y = jnp.moveaxis(y, 0, 1)
     if cache is None:
         return y, None
     # Made anew: what the loop carries has the loop's layout, not that of a result, and left to
     # XLA for TPUs the copies of all caches come last, when every one is there twice.
-    last = [normed(i) for i in index[-past:]]
-    cache = jnp.concatenate([cache[:, len(last) :], *last], axis=1)
+    last = jnp.moveaxis(jax.lax.map(lambda i: normed(i)[:, 0], index[-past:]), 0, 1)
+    cache = jnp.concatenate([cache[:, last.shape[1] :], last], axis=1)
     return jax.lax.optimization_barrier((y, cache))
 
 

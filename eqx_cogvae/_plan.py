@@ -39,7 +39,7 @@ class Cost:
     """Bytes."""
     programs: int
     """How many are compiled."""
-    flop: float
+    flop: float | int
     """Floating-point operations for the whole clip."""
     fn: Callable = dataclasses.field(repr=False, compare=False)
     """From video to moments, or from latents to video."""
@@ -187,7 +187,7 @@ class _Program(NamedTuple):
     peak: float | int
     arguments: int
     result: int
-    flop: float
+    flop: int
     calls: int
 
 
@@ -254,7 +254,7 @@ def _result(programs: list[_Program]) -> int:
     return sum(program.calls * program.result for program in programs)
 
 
-def _flop(programs: list[_Program]) -> float:
+def _flop(programs: list[_Program]) -> int:
     return sum(program.calls * program.flop for program in programs)
 
 
