@@ -119,8 +119,9 @@ def test_arithmetic_is_that_of_the_compiler(frames, vae, monkeypatch):
 
     whole = traced()
     count = _flops.flops(whole.jaxpr, "cpu")
-    # The compiler counts sums and norms as well, which weigh in so small a model.
-    assert 0.8 < count / whole.lower().compile().cost_analysis()["flops"] < 1
+    # The compiler counts sums and norms as well, which weigh in so small a model, and not what
+    # is the same for copies of a frame.
+    assert 0.8 < count / whole.lower().compile().cost_analysis()["flops"] < 1.02
     monkeypatch.setattr(_convolution, "LARGE", 0)
     in_loops = traced()
     assert "scan" in str(in_loops.jaxpr)
