@@ -239,6 +239,8 @@ def _output(output: Path | None, source: Path | None, suffixes: tuple[str, ...])
     if output is None:
         Path("out").mkdir(exist_ok=True)
         output = Path("out") / f"{source.stem if source else 'procedural'}.mp4"
+    if source and source.exists() and output.exists() and output.samefile(source):
+        raise ValueError(f"{output} is the video that is read: name another file.")
     return _checked(output, suffixes)
 
 

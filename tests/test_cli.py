@@ -88,6 +88,13 @@ def test_reconstruct_a_file(vae, source, tmp_path, capsys):
     assert not list(tmp_path.glob("*b.*"))
 
 
+def test_a_video_is_not_written_over_by_its_reconstruction(source, capsys):
+    before = source.read_bytes()
+    assert run("reconstruct", source, source) == 2
+    assert "is the video that is read: name another file." in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
 @pytest.mark.parametrize(("frames", "padded"), [(1, 1), (2, 9), (12, 17), (16, 17)])
 def test_frame_counts_that_do_not_round_trip(frames, padded, vae, source, tmp_path, capsys):
     z = tmp_path / "z.safetensors"

@@ -8,6 +8,7 @@ import av
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import eqx_cogvae as cv
 from eqx_cogvae import __main__ as cli, _latents, video
@@ -137,7 +138,7 @@ def test_latents_with_metadata_that_cannot_be(field, value, tmp_path):
     path = tmp_path / "z.safetensors"
     array = np.zeros((1, 1, 2, 3, 2), np.float32)
     metadata = {"layout": "BTHWC", field: value}
-    path.write_bytes(_latents.safetensors.numpy.save({"latents": array}, metadata))
+    path.write_bytes(safetensors.numpy.save({"latents": array}, metadata))
     with pytest.raises(ValueError, match=rf"z\.safetensors has {field}=.* which cannot be"):
         _latents.load_latents(path, channels=2)
 
@@ -145,7 +146,7 @@ def test_latents_with_metadata_that_cannot_be(field, value, tmp_path):
 def test_latents_of_a_later_format(tmp_path):
     path = tmp_path / "z.safetensors"
     array, metadata = np.zeros((1, 1, 2, 3, 2)), {"format": "eqx_cogvae.latents.2"}
-    path.write_bytes(_latents.safetensors.numpy.save({"latents": array}, metadata))
+    path.write_bytes(safetensors.numpy.save({"latents": array}, metadata))
     with pytest.raises(ValueError, match=r"is of format 'eqx_cogvae\.latents\.2', this version"):
         _latents.load_latents(path, channels=2, layout="BTHWC")
 
