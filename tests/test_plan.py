@@ -196,12 +196,19 @@ def test_what_the_compiler_finds_no_room_for_does_not_fit(vae, monkeypatch):
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 17G of 16G hbm")
             return self._lowered.compile()
 
+    class Traced:
+        def __init__(self, traced):
+            self.jaxpr, self._traced = traced.jaxpr, traced
+
+        def lower(self):
+            return Lowered(self._traced.lower())
+
     class Jitted:
         def __init__(self, *args, **options):
             self._jitted = jit(*args, **options)
 
-        def lower(self, *args):
-            return Lowered(self._jitted.lower(*args))
+        def trace(self, *args):
+            return Traced(self._jitted.trace(*args))
 
     jit = jax.jit
     monkeypatch.setattr(_plan.jax, "jit", Jitted)
