@@ -150,8 +150,9 @@ class FrameNorm(GroupNorm):
     """A group norm with statistics of each frame alone."""
 
     def affine(self, x):
-        single = super().affine(x.reshape(-1, 1, *x.shape[2:]))
-        return jax.tree.map(lambda m: m.reshape(-1, x.shape[1], *m.shape[2:]), single)
+        affine = super().affine(x.reshape(-1, 1, *x.shape[2:]))
+        mean, gain = (m.reshape(*x.shape[:2], 1, 1, -1) for m in (affine.mean, affine.gain))
+        return affine._replace(mean=mean, gain=gain)
 
 
 def by_frame(model):
