@@ -335,7 +335,7 @@ def normed_conv(
     """
     if isinstance(norm, SpatialNorm) and latents is None:
         raise ValueError("a resnet block with spatial norms needs `latents=`.")
-    causal = conv.pad_mode != "replicate"
+    causal = isinstance(conv, CausalConv3d) and conv.pad_mode != "replicate"
     frames = causal and is_large(x) if variant is None else variant == "frames"
     apply = _normed_conv_of_frames if frames else _normed_conv
     return apply(act, norm, conv, x, cache, latents, skip)
