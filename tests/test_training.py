@@ -245,14 +245,17 @@ def test_bad_options(options, message):
         training.Trainer(optax.sgd(1.0), **options)
 
 
-def test_bad_batches_and_filters(vae, clips):
-    trainer = training.Trainer(optax.sgd(1.0), accumulate=3)
-    with pytest.raises(ValueError, match="batch of 4 clips does not divide into 3 parts"):
-        trainer.step(trainer.init(vae), clips, jax.random.key(0))
+def test_what_is_no_optimiser_and_no_filter(unchecked):
     with pytest.raises(TypeError, match=r"an optax transformation such as .*, got 0\.1"):
         training.Trainer(0.1)
     with pytest.raises(TypeError, match=r"such as `decoder_only`, got 'decoder'"):
         training.Trainer(optax.sgd(1.0), trainable="decoder")
+
+
+def test_bad_batches_and_filters(vae, clips):
+    trainer = training.Trainer(optax.sgd(1.0), accumulate=3)
+    with pytest.raises(ValueError, match="batch of 4 clips does not divide into 3 parts"):
+        trainer.step(trainer.init(vae), clips, jax.random.key(0))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vae)
     with pytest.warns(UserWarning, match="weights are bfloat16.*`dtype=jnp.float32`"):
         training.Trainer(optax.sgd(1.0)).init(half)
