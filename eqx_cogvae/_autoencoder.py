@@ -12,18 +12,9 @@ from jaxtyping import Array, Float
 from ._clips import check_clip, check_range, memory_advice, warn_of_frames
 from ._config import LATENT_BATCH, SAMPLE_BATCH, Config
 from ._convolution import pointwise_conv
-from ._layers import (
-    CausalConv3d,
-    Conv,
-    Downsample,
-    GroupNorm,
-    ResnetBlock,
-    ResnetCache,
-    SpatialNorm,
-    Upsample,
-    normed_conv,
-)
+from ._layers import CausalConv3d, Conv, Downsample, GroupNorm, SpatialNorm, Upsample
 from ._posterior import DiagonalGaussian
+from ._resnet import ResnetBlock, ResnetCache, normed_conv
 from ._transforms import framewise
 from ._types import AnyArray, Key
 

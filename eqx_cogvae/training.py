@@ -27,8 +27,8 @@ from ._autoencoder import VAE
 from ._checkpoint import tensor_names
 from ._crops import Crops as Crops, Source as Source
 from ._files import Written, atomic, check_regular
-from ._layers import ResnetBlock
 from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
+from ._resnet import ResnetBlock
 from ._types import Key
 
 try:

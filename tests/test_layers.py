@@ -11,7 +11,7 @@ from diffusers.models.downsampling import CogVideoXDownsample3D
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from reference import distance, from_torch, normal, to_torch
 
-from eqx_cogvae import _convolution, _layers
+from eqx_cogvae import _convolution, _layers, _resnet
 
 KEY = jax.random.key(0)
 
@@ -50,18 +50,18 @@ def test_every_lowering_of_a_doubling_convolution_agrees():
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("cached", [False, True])
 def test_frames_one_by_one_are_the_frames_at_once(latents, frames, cached, getkey):
-    norm = _layers._norm(16, 4, 1e-6, latents, key=getkey(), dtype=jnp.float32)
+    norm = _resnet._norm(16, 4, 1e-6, latents, key=getkey(), dtype=jnp.float32)
     conv = _layers.CausalConv3d(16, 8, key=getkey())
     x = jax.random.normal(getkey(), (2, frames, 6, 5, 16))
     cache = jax.random.normal(getkey(), (2, 2, 6, 5, 16)) if cached else None
     z = jax.random.normal(getkey(), (2, -(-frames // 2), 3, 5, 4)) if latents else None
     around = jax.random.normal(getkey(), (2, frames, 6, 5, 4))
-    skip = _layers.Skip(around, _layers.Conv((1, 1, 1), 4, 8, key=getkey())) if cached else None
+    skip = _resnet.Skip(around, _layers.Conv((1, 1, 1), 4, 8, key=getkey())) if cached else None
     args = (norm, conv, x, cache, z, skip)
 
     def squares(args, variant):
         norm, conv, *rest = args
-        y, cache = _layers.normed_conv(norm, jax.nn.silu, conv, *rest, variant=variant)
+        y, cache = _resnet.normed_conv(norm, jax.nn.silu, conv, *rest, variant=variant)
         return jnp.sum(jnp.square(y)) + jnp.sum(jnp.square(cache)), (y, cache)
 
     results = []
@@ -201,7 +201,7 @@ def test_resampling(frames, compress_time):
 
 
 def test_a_resnet_block_with_spatial_norms_asks_for_latents():
-    block = _layers.ResnetBlock(
+    block = _resnet.ResnetBlock(
         4, 4, groups=2, eps=1e-6, act_fn="silu", latents=3, pad_mode="first", key=KEY
     )
     with pytest.raises(ValueError, match="needs `latents=`"):
