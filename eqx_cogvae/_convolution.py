@@ -14,11 +14,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._types import at_least_float32
+from ._winograd import winograd_conv
 
 VARIANTS = ("cpu", "default")
 
 LARGE = 2**24
 """Elements from which on an array is worked on frame by frame."""
+
+WIDE = 32
+"""Channels from which on, of both, fewer multiplications are worth the sums."""
+
+partitioned = jax.make_user_context(False)
+"""Whether XLA is to cut height and width among devices. Known to JAX's caches."""
 
 Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and behind, of height and of width."""
@@ -113,14 +120,20 @@ def valid_conv(
         y = lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=dims)
         return _biased(y, bias)
 
-    def taps(x, kernel, bias):
+    def taps(x, kernel):
         # XLA's CPU backend has a fast 2D convolution only.
         frames = x.shape[1] - kernel.shape[0] + 1
-        x, kernel = at_least_float32(x), at_least_float32(kernel)
         parts = (_cpu_conv2d(x[:, i : i + frames], tap, 1, pads) for i, tap in enumerate(kernel))
-        return _biased(functools.reduce(jnp.add, parts), bias)
+        return functools.reduce(jnp.add, parts)
 
-    return _per_platform(taps, direct, x, kernel, bias, variant=variant)
+    def cpu(x, kernel, bias):
+        fewer = kernel.shape[1:3] == (3, 3) and pads == ((1, 1), (1, 1))
+        # Lines up pixels of rows and columns, for which XLA's partitioner would gather them.
+        fewer = fewer and min(kernel.shape[3:]) >= WIDE and not partitioned.value
+        convolved = _winograd_conv if fewer else taps
+        return _biased(convolved(at_least_float32(x), at_least_float32(kernel)), bias)
+
+    return _per_platform(cpu, direct, x, kernel, bias, variant=variant)
 
 
 def _tap_by_tap(x: Array, kernel: Array, pads: Pads) -> Array:
@@ -265,6 +278,24 @@ _cpu_conv2d = jax.custom_vjp(_conv2d, nondiff_argnums=(2, 3))
 _cpu_conv2d.defvjp(_cpu_forward, _cpu_backward)
 
 
+def _winograd_forward(x: Array, kernel: Array) -> tuple[Array, Any]:
+    return winograd_conv(x, kernel), (x, kernel)
+
+
+def _winograd_backward(saved: Any, cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    past, frames = len(kernel) - 1, cotangent.shape[1]
+    around = jnp.pad(cotangent, [(0, 0), (past, past), (0, 0), (0, 0), (0, 0)])
+    by_x = winograd_conv(around, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4))
+    padded = jnp.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)])
+    taps = [_kernel_gradient(padded[:, i : i + frames], cotangent, (3, 3)) for i in range(past + 1)]
+    return by_x, jnp.stack(taps)
+
+
+_winograd_conv = jax.custom_vjp(winograd_conv)
+_winograd_conv.defvjp(_winograd_forward, _winograd_backward)
+
+
 def _phases(x: Array, stride: int) -> Array:
     """Each `stride` x `stride` square of pixels as one of so many more channels."""
     b, t, h, w, c = x.shape
@@ -303,6 +334,7 @@ __all__ = [
     "frame_conv",
     "is_large",
     "map_frames",
+    "partitioned",
     "pointwise_conv",
     "valid_conv",
 ]

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
+from ._convolution import partitioned
 from ._transforms import Transform, is_traced
 
 # Video is (b, t, h, w, c), and time is never cut: a causal convolution walks along it.
@@ -42,6 +43,10 @@ class Sharded(Transform):
 
     def __call__(self, *args: PyTree[Shaped[Array, "..."]]) -> PyTree[Shaped[Array, "..."]]:
         self._check(args, "")
+        with partitioned(partitioned.value or bool(self.height or self.width)):
+            return self._called(args)
+
+    def _called(self, args: PyTree) -> PyTree:
         if is_traced((self, args)):
             return self._constrained(args)
         if not isinstance(self.fn, Transform):
