@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from ._types import at_least_float32
@@ -76,6 +77,16 @@ def map_frames(fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]) -> Ar
     _, y = lax.scan(lambda _, frame: (None, fn(frame)[:, 0]), None, frames)
     # One layout for all that read it: XLA for TPUs would else copy it for each.
     return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
+
+
+def in_order(x: Array) -> Array:
+    """`x` as it is, in memory in the order of its axes.
+
+    Not where it is cut among devices: XLA's partitioner would gather it.
+    """
+    if partitioned.value:
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def causal_conv(
@@ -332,6 +343,7 @@ __all__ = [
     "causal_conv",
     "doubling_conv",
     "frame_conv",
+    "in_order",
     "is_large",
     "map_frames",
     "partitioned",

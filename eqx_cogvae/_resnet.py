@@ -7,9 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import named_scope
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from ._convolution import is_large, pointwise_conv
+from ._convolution import in_order, is_large, pointwise_conv
 from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm, frame
 from ._types import Key
 
@@ -20,21 +20,6 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
 }
-
-
-class Skip(NamedTuple):
-    """What goes around a residual branch, by a pointwise convolution where widths differ."""
-
-    x: Float[Array, "b t h w i"]
-    conv: Conv | None
-
-    def __call__(self) -> Float[Array, "b t h w o"]:
-        if self.conv is None:
-            return self.x
-        return pointwise_conv(self.x, self.conv.weight, self.conv.bias)
-
-    def frame(self, i: Int[Array, ""]) -> "Skip":
-        return self._replace(x=frame(self.x, i))
 
 
 class ResnetCache(NamedTuple):
@@ -86,11 +71,12 @@ class ResnetBlock(eqx.Module):
         *,
         latents: Float[Array, "b t2 h2 w2 z"] | None = None,
     ) -> tuple[Float[Array, "b t h w o"], ResnetCache]:
-        act = _ACTIVATIONS[self.act_fn]
+        act, short = _ACTIVATIONS[self.act_fn], self.conv_shortcut
         cache1, cache2 = cache or ResnetCache()
-        y, cache1 = normed_conv(self.norm1, act, self.conv1, x, cache1, latents)
-        skip = Skip(x, self.conv_shortcut)
-        y, cache2 = normed_conv(self.norm2, act, self.conv2, y, cache2, latents, skip)
+        beside = short if is_large(x) and x.shape[-1] == 2 * self.conv1.conv.bias.size else None
+        y, cache1 = normed_conv(self.norm1, act, self.conv1, x, cache1, latents, beside=beside)
+        onto = None if beside else x if short is None else pointwise_conv(x, *_parts(short))
+        y, cache2 = normed_conv(self.norm2, act, self.conv2, y, cache2, latents, onto=onto)
         return y, ResnetCache(cache1, cache2)
 
 
@@ -104,30 +90,45 @@ def normed_conv(
     norm: GroupNorm | SpatialNorm,
     act: Callable[[Array], Array],
     conv: CausalConv3d,
-    x: Float[Array, "b t h w i"],
+    x: Float[Array, "b t h w _c"],
     cache: Float[Array, "b k h w i"] | None,
     latents: Float[Array, "b t2 h2 w2 z"] | None = None,
-    skip: Skip | None = None,
     *,
+    onto: Float[Array, "b t h w o"] | None = None,
+    beside: Conv | None = None,
     variant: str | None = None,
-) -> tuple[Float[Array, "b t h w o"], Float[Array, "b k h w i"] | None]:
+) -> tuple[Float[Array, "b t h w _c2"], Float[Array, "b k h w i"] | None]:
     """A norm over all frames, an activation, then the convolution, and what is added to it.
 
+    Added are `onto`, and the channels of `x` that come after those of the norm. `beside` is a
+    pointwise convolution of `x` that is appended to the result, for a later call to add.
+
     Of large arrays frame by frame: what is normalised, and what the convolution makes of it on
-    its way, is then there for one frame at a time. `variant`, "whole" or "frames", is for tests.
+    its way, is then there for one frame at a time; and the result is written over `onto`, or
+    over `x` with `beside`, where XLA sees that nothing else reads it. `variant`, "whole" or
+    "frames", is for tests.
     """
     if isinstance(norm, SpatialNorm) and latents is None:
         raise ValueError("a resnet block with spatial norms needs `latents=`.")
     causal = isinstance(conv, CausalConv3d) and conv.pad_mode != "replicate"
     frames = causal and is_large(x) if variant is None else variant == "frames"
     apply = _normed_conv_of_frames if frames else _normed_conv
-    return apply(act, norm, conv, x, cache, latents, skip)
+    return apply(act, norm, conv, x, cache, latents, onto, beside)
 
 
-def _normed_conv(act, norm, conv, x, cache, latents, skip):
-    affine = norm.affine(x) if latents is None else norm.affine(x, latents)
-    y, cache = conv(act(affine(x)).astype(x.dtype), cache)
-    return y if skip is None else skip() + y, cache
+def _normed_conv(act, norm, conv, x, cache, latents, onto, beside):
+    own = x[..., : _width(conv)]
+    y, cache = conv(act(_affine(norm, own, latents)(own)).astype(x.dtype), cache)
+    return _joined(y, x, conv, onto, beside), cache
+
+
+def _joined(y, x, conv, onto, beside):
+    """The result of the convolution with all that is added or appended to it."""
+    if onto is not None:
+        y = onto + y
+    if x.shape[-1] > _width(conv):
+        y = x[..., _width(conv) :] + y
+    return y if beside is None else jnp.concatenate([y, pointwise_conv(x, *_parts(beside))], -1)
 
 
 def _normed_conv_of_frames(act, *args):
@@ -149,33 +150,61 @@ def _normed_conv_of_frames(act, *args):
     return run(arrays)
 
 
-def _loop_over_frames(act, norm, conv, x, cache, latents, skip):
-    affine = norm.affine(x) if latents is None else norm.affine(x, latents)
-    count, past = x.shape[1], conv.conv.weight.shape[0] - 1
+def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
+    count, past, width = x.shape[1], conv.conv.weight.shape[0] - 1, _width(conv)
+    affine = _affine(norm, x[..., :width], latents)
 
-    def normed(i):
-        return act(affine.of_frame(frame(x, i), i, count)).astype(x.dtype)
+    def normed(x, i):
+        return act(affine.of_frame(x[..., :width], i, count)).astype(x.dtype)
 
-    def convolved(frames, i):
-        cache = jnp.concatenate(frames, axis=1) if frames else None
-        y, cache = conv(normed(i), cache)
-        y = y if skip is None else skip.frame(i)() + y
+    def convolved(carry, i):
+        frames, result = carry
+        now = frame(x if beside is None else result, i)
+        before = jnp.concatenate(frames, axis=1) if frames else None
+        y, cache = conv(normed(now, i), before)
+        y = _joined(y, now, conv, None if onto is None else frame(result, i), beside)
         frames = tuple(jnp.split(cache, past, axis=1)) if frames else ()
-        return frames, y[:, 0]
+        # Else XLA for TPUs holds all frames in the layout that a convolution has one in, and
+        # copies them before the loop and after it.
+        y = in_order(y)
+        return (frames, jax.lax.dynamic_update_slice_in_dim(result, y, i, axis=1)), None
 
-    index = jnp.arange(count, dtype=jnp.int32)
-    if cache is None and past:
-        cache = jnp.repeat(normed(index[0]), past, axis=1)
-    frames = () if cache is None else tuple(jnp.split(cache, past, axis=1))
-    _, y = jax.lax.scan(convolved, frames, index)
-    y = jnp.moveaxis(y, 0, 1)
-    if cache is None:
-        return y, None
-    # Made anew: what the loop carries has the loop's layout, not that of a result, and left to
-    # XLA for TPUs the copies of all caches come last, when every one is there twice.
-    last = jnp.moveaxis(jax.lax.map(lambda i: normed(i)[:, 0], index[-past:]), 0, 1)
-    cache = jnp.concatenate([cache[:, last.shape[1] :], last], axis=1)
+    index, frames = jnp.arange(count, dtype=jnp.int32), ()
+    if past:
+        # The cache is made apart, and before the loop may write over `x`: what the loop carries
+        # has the loop's layout, not that of a result, and left to XLA for TPUs the copies of all
+        # caches come last, when every one is there twice.
+        wanted = [0] * (cache is None) + list(range(max(0, count - past), count))
+        ends = jnp.asarray(wanted, index.dtype)
+        last = list(jax.lax.map(lambda i: normed(frame(x, i), i), ends))
+        cache = jnp.repeat(last.pop(0), past, axis=1) if cache is None else cache
+        frames = tuple(jnp.split(cache, past, axis=1))
+        cache = jnp.concatenate([cache[:, len(last) :], *last], axis=1)
+        x, cache = jax.lax.optimization_barrier((x, cache))
+    result = _room(x, conv, onto, beside)
+    (_, y), _ = jax.lax.scan(convolved, (frames, result), index)
     return jax.lax.optimization_barrier((y, cache))
 
 
-__all__ = ["ResnetBlock", "ResnetCache", "Skip", "normed_conv"]
+def _room(x, conv, onto, beside):
+    """What the result is written over, frame by frame."""
+    if onto is not None:
+        return onto
+    if beside is not None:
+        return x
+    return jnp.zeros((*x.shape[:-1], conv.conv.bias.size), conv.conv.bias.dtype)
+
+
+def _affine(norm, x, latents):
+    return norm.affine(x) if latents is None else norm.affine(x, latents)
+
+
+def _width(conv: CausalConv3d) -> int:
+    return conv.conv.weight.shape[-2]
+
+
+def _parts(conv: Conv) -> tuple[Array, Array]:
+    return conv.weight, conv.bias
+
+
+__all__ = ["ResnetBlock", "ResnetCache", "normed_conv"]

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reference import distance, normal
 
 import eqx_cogvae as cv
-from eqx_cogvae import _convolution, training
+from eqx_cogvae import _convolution, _layers, training
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
@@ -81,6 +81,18 @@ def test_steps_are_exact_and_gather_nothing(name, what, frames, vae):
     on_mesh = cut._placed((steady, cache))
     program = eqx.filter_jit(cut).lower(*on_mesh).compile()
     check(program, on_mesh, step(steady, past))
+
+
+def test_wide_convolutions_gather_nothing(monkeypatch):
+    """Which on one device line up the pixels of rows and columns."""
+    monkeypatch.setattr(_convolution, "WIDE", 1)
+    conv = _layers.CausalConv3d(8, 8, key=jax.random.key(0))
+    x, mesh = normal((2, 3, 16, 12, 8)), mesh_of(MESHES["2x2"])
+    cut = cv.sharded(lambda x: conv(x)[0], mesh, **AXES)
+    on_mesh = cut._placed(x)
+    plain = eqx.filter_jit(lambda x: conv(x)[0]).lower(on_mesh).compile()
+    assert gathered(plain) != [], "nothing to avoid"
+    check(eqx.filter_jit(cut).lower(on_mesh).compile(), (on_mesh,), conv(x)[0])
 
 
 def test_a_gather_would_be_seen():

@@ -11,7 +11,7 @@ from diffusers.models.downsampling import CogVideoXDownsample3D
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from reference import distance, from_torch, normal, to_torch
 
-from eqx_cogvae import _convolution, _layers, _resnet
+from eqx_cogvae import _convolution, _layers, _resnet, _winograd
 
 KEY = jax.random.key(0)
 
@@ -40,6 +40,35 @@ def test_every_lowering_of_a_causal_convolution_agrees(sizes, frames):
         np.testing.assert_array_equal(cache, from_torch(padded)[:, 1 - sizes[0] :])
 
 
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 2)])
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_fewer_multiplications_make_the_same_convolution(size, taps, bands, monkeypatch):
+    """Winograd's, of wide arrays on CPU, by bands of rows; and its gradients."""
+    x = normal((2, taps + 2, *size, 32))
+    kernel, bias = normal((taps, 3, 3, 32, 48), 1), normal((48,), 2)
+    monkeypatch.setattr(_winograd, "BAND", -(-x.size // bands))
+    pads = ((1, 1), (1, 1))
+
+    def squares(partitioned):
+        def loss(x, kernel):
+            y = _convolution.valid_conv(x, kernel, bias, pads, variant="cpu")
+            return jnp.sum(jnp.square(y)), y
+
+        with _convolution.partitioned(partitioned):
+            return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, kernel)
+
+    ((_, fewer), grads), ((_, plain), due) = squares(False), squares(True)
+    weight = torch.from_numpy(np.asarray(kernel).transpose(4, 3, 0, 1, 2).copy())
+    theirs = torch.nn.functional.conv3d(
+        to_torch(x), weight, torch.from_numpy(np.array(bias)), padding=(0, 1, 1)
+    )
+    assert distance(fewer, from_torch(theirs)) < 1e-6
+    assert not np.array_equal(fewer, plain), "the same computation twice"
+    for ours, other in zip(grads, due, strict=True):
+        assert distance(ours, other) < 1e-6
+
+
 def test_every_lowering_of_a_doubling_convolution_agrees():
     x, kernel, bias = normal((2, 3, 5, 4, 6)), normal((3, 3, 6, 7), 1), normal((7,), 2)
     cpu, default = variants(_convolution.doubling_conv, x, kernel, bias)
@@ -49,25 +78,30 @@ def test_every_lowering_of_a_doubling_convolution_agrees():
 @pytest.mark.parametrize("latents", [None, 4])
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("cached", [False, True])
-def test_frames_one_by_one_are_the_frames_at_once(latents, frames, cached, getkey):
+@pytest.mark.parametrize("around", [None, "onto", "beside", "beyond"])
+def test_frames_one_by_one_are_the_frames_at_once(latents, frames, cached, around, getkey):
+    """And what is added to them, appended, or lies in further channels."""
     norm = _resnet._norm(16, 4, 1e-6, latents, key=getkey(), dtype=jnp.float32)
     conv = _layers.CausalConv3d(16, 8, key=getkey())
-    x = jax.random.normal(getkey(), (2, frames, 6, 5, 16))
+    wide = 24 if around == "beyond" else 16
+    x = jax.random.normal(getkey(), (2, frames, 6, 5, wide))
     cache = jax.random.normal(getkey(), (2, 2, 6, 5, 16)) if cached else None
     z = jax.random.normal(getkey(), (2, -(-frames // 2), 3, 5, 4)) if latents else None
-    around = jax.random.normal(getkey(), (2, frames, 6, 5, 4))
-    skip = _resnet.Skip(around, _layers.Conv((1, 1, 1), 4, 8, key=getkey())) if cached else None
-    args = (norm, conv, x, cache, z, skip)
+    more = {}
+    if around == "onto":
+        more["onto"] = jax.random.normal(getkey(), (2, frames, 6, 5, 8))
+    if around == "beside":
+        more["beside"] = _layers.Conv((1, 1, 1), 16, 8, key=getkey())
 
     def squares(args, variant):
-        norm, conv, *rest = args
-        y, cache = _resnet.normed_conv(norm, jax.nn.silu, conv, *rest, variant=variant)
+        norm, conv, *rest, more = args
+        y, cache = _resnet.normed_conv(norm, jax.nn.silu, conv, *rest, **more, variant=variant)
         return jnp.sum(jnp.square(y)) + jnp.sum(jnp.square(cache)), (y, cache)
 
     results = []
     for variant in ("whole", "frames"):
         run = lambda args, v=variant: eqx.filter_value_and_grad(squares, has_aux=True)(args, v)  # noqa: E731
-        (_, made), grads = eqx.filter_jit(run)(args)
+        (_, made), grads = eqx.filter_jit(run)((norm, conv, x, cache, z, more))
         results.append((made, grads))
     for whole, one_by_one in zip(*map(jax.tree.leaves, results), strict=True):
         assert distance(one_by_one, whole) < 1e-6
