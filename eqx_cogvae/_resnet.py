@@ -164,8 +164,6 @@ def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
         y, cache = conv(normed(now, i), before)
         y = _joined(y, now, conv, None if onto is None else frame(result, i), beside)
         frames = tuple(jnp.split(cache, past, axis=1)) if frames else ()
-        # Else XLA for TPUs holds all frames in the layout that a convolution has one in, and
-        # copies them before the loop and after it.
         y = in_order(y)
         return (frames, jax.lax.dynamic_update_slice_in_dim(result, y, i, axis=1)), None
 
