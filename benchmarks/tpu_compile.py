@@ -4,10 +4,11 @@
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/tpu_compile.py
     ... tpu_compile.py --topology v6e:2x2 --size 768x1360 --steps decode
     ... tpu_compile.py --topology v5e:2x2 --size 768x1360 --mesh 2x2 --steps decode
+    ... tpu_compile.py --topology cpu --model tiny --size 384x512 --mesh 8x1
 
-Topologies to try are v4:2x2x1, v5e:2x2, v5p:2x2x1 and v6e:2x2. Peak is arguments, temporaries
-and outputs less what they share, of one device. The cache is given away, as `framewise` and
-`streamed` do.
+Topologies to try are v4:2x2x1, v5e:2x2, v5p:2x2x1 and v6e:2x2; `cpu` is the simulated devices of
+XLA_FLAGS=--xla_force_host_platform_device_count=8. Peak is arguments, temporaries and outputs less
+what they share, of one device. The cache is given away, as `framewise` and `streamed` do.
 """
 
 import argparse
@@ -34,9 +35,8 @@ GIB = 2**30
 def main() -> None:
     """Compiles, and prints a row for each program as it is done."""
     options = _options()
-    found = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
     rows, columns = map(int, options.mesh.split("x"))
-    devices = np.array(found.devices[: rows * columns]).reshape(rows, columns)
+    devices = np.array(_devices(options)[: rows * columns]).reshape(rows, columns)
     mesh = Mesh(devices, ("height", "width"))
     height, width = map(int, options.size.split("x"))
     print(
@@ -47,6 +47,12 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     for direction in options.steps:
         _steps(direction, options, mesh, (height, width))
+
+
+def _devices(options: argparse.Namespace) -> list[jax.Device]:
+    if options.topology == "cpu":
+        return jax.devices()
+    return topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
 
 
 def _steps(direction: str, options: argparse.Namespace, mesh: Mesh, size: tuple[int, int]) -> None:

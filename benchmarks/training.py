@@ -1,0 +1,92 @@
+"""What one training step needs on a TPU that is not there, with and without rematerialisation.
+
+    pip install "jax[tpu]==<the jax in use>"
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/training.py [--frames 17 --size HxW]
+
+The step is that of `eqx_cogvae.training.Trainer` with Adam, one clip, all weights, which are
+float32; `--dtype` is what is computed in. XLA's compiler for CPUs undoes rematerialisation, so
+that it shows on an accelerator only.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import eqx_cogvae as cv
+from eqx_cogvae import training
+
+GIB = 2**30
+
+
+def main() -> None:
+    """Compiles, and prints a row for each program as it is done."""
+    options = _options()
+    found = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
+    device = found.devices[0]
+    print(
+        f"{options.model}, {options.frames} frames of {options.size}, {options.dtype}, "
+        f"{device.device_kind}, jax {jax.__version__}\n"
+    )
+    print("| rematerialised | peak | arguments | temporaries | TFLOP | compiled in |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for rematerialise in (False, True):
+        _row(rematerialise, options, SingleDeviceSharding(device))
+
+
+def _row(rematerialise: bool, options: argparse.Namespace, place: Any) -> None:
+    trainer = training.Trainer(
+        optax.adam(1e-4), dtype=jnp.dtype(options.dtype), rematerialise=rematerialise
+    )
+    config = cv.Config.preset(options.model)
+    vae = eqx.filter_eval_shape(cv.VAE, config, key=jax.random.key(0))
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+    is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
+    arrays, static = eqx.partition(eqx.filter_eval_shape(trainer.init, vae), is_struct)
+    height, width = map(int, options.size.split("x"))
+    shape = (1, options.frames, height, width, config.in_channels)
+    clips = put(jax.ShapeDtypeStruct(shape, jnp.float32))
+    key = put(jax.eval_shape(lambda: jax.random.key(0)))
+
+    def step(arrays, clips, key):
+        state, metrics = trainer.step(eqx.combine(arrays, static), clips, key)
+        return eqx.filter(state, eqx.is_array), metrics
+
+    begun = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(put, arrays), clips, key)
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"| {rematerialise} | does not fit | | | | |", flush=True)
+        return
+    seconds, memory = time.perf_counter() - begun, program.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = (peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    flop = program.cost_analysis()["flops"] / 1e12
+    sizes = " | ".join(f"{part / GIB:.2f} GiB" for part in parts)
+    print(f"| {rematerialise} | {sizes} | {flop:.2f} | {seconds:.0f} s |", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="a preset of `Config`")
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--size", default="128x192")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--topology", default="v5e:2x2")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
