@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-BAND = 2**23
+BAND = 2**24
 """Elements from which on the rows are worked on in bands: the sums are four times as many."""
 
 
