@@ -22,8 +22,8 @@ VARIANTS = ("cpu", "default")
 LARGE = 2**24
 """Elements from which on an array is worked on frame by frame."""
 
-HUGE = 2**25
-"""Elements of one frame from which on XLA for TPUs is held to little memory, whatever its time."""
+HUGE = 2**16
+"""Pixels of a frame from which on XLA for TPUs is held to little memory, whatever its time."""
 
 WIDE = 32
 """Channels from which on, of both, fewer multiplications are worth the sums."""
@@ -82,6 +82,10 @@ def map_frames(fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]) -> Ar
     return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
 
 
+def _is_huge(x: Float[Array, "b t h w c"]) -> bool:
+    return x.shape[2] * x.shape[3] >= HUGE
+
+
 def in_order(frame: Float[Array, "b 1 h w c"]) -> Float[Array, "b 1 h w c"]:
     """The frame; a huge one in memory in the order of its axes, as frames together are.
 
@@ -90,7 +94,7 @@ def in_order(frame: Float[Array, "b 1 h w c"]) -> Float[Array, "b 1 h w c"]:
     own can take minutes, but not where frames are huge. Not where they are cut among devices:
     XLA's partitioner would gather them.
     """
-    if partitioned.value or frame.size < HUGE:
+    if partitioned.value or not _is_huge(frame):
         return frame
     return with_layout_constraint(frame, Layout(tuple(range(frame.ndim))))
 
@@ -130,7 +134,7 @@ def valid_conv(
     """A 3D convolution, valid in time, with zero `pads` of height and width."""
 
     def direct(x, kernel, bias):
-        one_huge = x.shape[1] == kernel.shape[0] and x[:, :1].size >= HUGE
+        one_huge = x.shape[1] == kernel.shape[0] and _is_huge(x)
         convolved = _tap_by_tap if one_huge else _taps_as_channels
         return _biased(convolved(x, kernel, pads), bias)
 
