@@ -91,10 +91,10 @@ def in_order(frame: Float[Array, "b 1 h w c"]) -> Float[Array, "b 1 h w c"]:
 
     XLA for TPUs would else hold all frames of a loop in the layout that its convolution has one
     in, and copy them before it and after. Compiling for a layout that is not the convolution's
-    own can take minutes, but not where frames are huge. Not where they are cut among devices:
-    XLA's partitioner would gather them.
+    own can take minutes, but not where frames are huge. Not where they are, or may be, cut among
+    devices: XLA's partitioner would gather them.
     """
-    if partitioned.value or not _is_huge(frame):
+    if partitioned.value or frame.shape[0] > 1 or not _is_huge(frame):
         return frame
     return with_layout_constraint(frame, Layout(tuple(range(frame.ndim))))
 
