@@ -51,7 +51,7 @@ def main() -> None:
 
 def _devices(options: argparse.Namespace) -> list[jax.Device]:
     if options.topology == "cpu":
-        return jax.devices()
+        return jax.devices("cpu")
     return topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
 
 

@@ -1,7 +1,7 @@
 """How a convolution is lowered on this platform.
 
 The only file that asks which platform it is on. Every function takes and returns BTHWC
-arrays; every variant computes the same numbers, in another order of summation.
+arrays; all variants are equal, to rounding.
 """
 
 import functools
@@ -23,7 +23,10 @@ LARGE = 2**24
 """Elements from which on an array is worked on frame by frame."""
 
 HUGE = 2**16
-"""Pixels of a frame from which on XLA for TPUs is held to little memory, whatever its time."""
+"""Pixels of a frame from which on it is convolved tap by tap, and kept in order, to save memory.
+
+This and `LARGE` are of a whole array, also where devices hold parts of it.
+"""
 
 WIDE = 32
 """Channels from which on, of both, fewer multiplications are worth the sums."""
@@ -35,8 +38,16 @@ Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and behind, of height and of width."""
 
 
-def _per_platform(cpu: Callable, default: Callable, *args: Array, variant: str | None) -> Array:
+def _per_platform(
+    cpu: Callable,
+    default: Callable,
+    *args: Array,
+    variant: str | None,
+    derived: Callable | None = None,
+) -> Array:
     """Calls the one for the platform that the program is compiled for.
+
+    `derived` is the function that stands in for `default` where derivatives are taken.
 
     Derivatives are chosen anew in the backward pass. Left to JAX, the choice would come there
     as a value from the forward pass, and XLA would keep both branches: ten times as slow. The
@@ -48,6 +59,8 @@ def _per_platform(cpu: Callable, default: Callable, *args: Array, variant: str |
     def pullback(fn: Callable) -> Callable:
         return lambda cotangent, *args: jax.vjp(fn, *args)[1](cotangent)
 
+    here = partitioned.value
+
     @jax.custom_vjp
     def chosen(*args):
         return lax.platform_dependent(*args, cpu=cpu, default=default)
@@ -56,9 +69,10 @@ def _per_platform(cpu: Callable, default: Callable, *args: Array, variant: str |
         return chosen(*args), args
 
     def backward(args, cotangent):
-        return lax.platform_dependent(
-            cotangent, *args, cpu=pullback(cpu), default=pullback(default)
-        )
+        with partitioned(here):
+            return lax.platform_dependent(
+                cotangent, *args, cpu=pullback(cpu), default=pullback(derived or default)
+            )
 
     chosen.defvjp(forward, backward)
     return chosen(*args)
@@ -91,8 +105,8 @@ def in_order(frame: Float[Array, "b 1 h w c"]) -> Float[Array, "b 1 h w c"]:
 
     XLA for TPUs would else hold all frames of a loop in the layout that its convolution has one
     in, and copy them before it and after. Compiling for a layout that is not the convolution's
-    own can take minutes, but not where frames are huge. Not where they are, or may be, cut among
-    devices: XLA's partitioner would gather them.
+    own can take minutes, but not where frames are huge. Not within `sharded`, nor for a batch,
+    which may be cut among devices: XLA's partitioner would gather what is.
     """
     if partitioned.value or frame.shape[0] > 1 or not _is_huge(frame):
         return frame
@@ -136,7 +150,11 @@ def valid_conv(
     def direct(x, kernel, bias):
         one_huge = x.shape[1] == kernel.shape[0] and _is_huge(x)
         convolved = _tap_by_tap if one_huge else _taps_as_channels
-        return _biased(convolved(x, kernel, pads), bias)
+        return _biased(convolved(x, kernel, pads, _accumulator(x)), bias)
+
+    def derived(x, kernel, bias):
+        # Summed in its own dtype: cotangents, and copies of the frames, would else be float32.
+        return _biased(_taps_as_channels(x, kernel, pads, x.dtype), bias)
 
     def taps(x, kernel):
         # XLA's CPU backend has a fast 2D convolution only.
@@ -151,52 +169,50 @@ def valid_conv(
         convolved = _winograd_conv if fewer else taps
         return _biased(convolved(at_least_float32(x), at_least_float32(kernel)), bias)
 
-    return _per_platform(cpu, direct, x, kernel, bias, variant=variant)
+    return _per_platform(cpu, direct, x, kernel, bias, variant=variant, derived=derived)
 
 
-def _taps_as_channels(x: Array, kernel: Array, pads: Pads) -> Array:
+def _taps_as_channels(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> Array:
     """One 2D convolution of frames that hold the channels of all the frames a tap would see.
 
     XLA for TPUs compiles it several times as fast as one in 3D or one for each tap, and by its
-    own estimate it runs in less time.
+    own estimate it runs in less time. Not measured on GPUs.
     """
     (taps, *_, i, o), b = kernel.shape, x.shape[0]
     frames = x.shape[1] - taps + 1
     seen = jnp.concatenate([x[:, tap : tap + frames] for tap in range(taps)], axis=-1)
-    y = lax.conv_general_dilated(
-        seen.reshape(b * frames, *seen.shape[2:]),
-        jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], taps * i, o),
-        (1, 1),
-        pads,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=at_least_float32(x).dtype,
-    )
+    seen = seen.reshape(b * frames, *seen.shape[2:])
+    wide = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], taps * i, o)
+    y = _summed_conv2d(seen, wide, pads, accumulator)
     return y.reshape(b, frames, *y.shape[1:])
 
 
-def _tap_by_tap(x: Array, kernel: Array, pads: Pads) -> Array:
+def _tap_by_tap(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> Array:
     """The one frame that a valid convolution of as many frames as it has taps makes.
 
     XLA for TPUs pads and lays out anew what it convolves: here one frame at a time.
     """
-    accumulator = at_least_float32(x).dtype
-
-    def convolved(frame: Array, tap: Array) -> Array:
-        return lax.conv_general_dilated(
-            frame,
-            tap,
-            (1, 1),
-            pads,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            preferred_element_type=accumulator,
-        )
-
-    total = convolved(x[:, 0], kernel[0])
+    total = _summed_conv2d(x[:, 0], kernel[0], pads, accumulator)
     for i in range(1, len(kernel)):
         # One after the other: XLA would prepare all the frames first.
         frame, total = lax.optimization_barrier((x[:, i], total))
-        total = total + convolved(frame, kernel[i])
+        total = total + _summed_conv2d(frame, kernel[i], pads, accumulator)
     return jnp.expand_dims(total, 1)
+
+
+def _summed_conv2d(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=accumulator,
+    )
+
+
+def _accumulator(x: Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def frame_conv(
@@ -265,8 +281,8 @@ def pointwise_conv(
     x: Float[Array, "b t h w i"], kernel: Float[Array, "1 1 1 i o"], bias: Float[Array, " o"]
 ) -> Float[Array, "b t h w o"]:
     """A 1x1x1 convolution, accumulated in at least float32."""
-    accumulator = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    return _biased(jnp.matmul(x, kernel[0, 0, 0], preferred_element_type=accumulator), bias)
+    y = jnp.matmul(x, kernel[0, 0, 0], preferred_element_type=_accumulator(x))
+    return _biased(y, bias)
 
 
 def _biased(y: Array, bias: Array) -> Array:
@@ -324,7 +340,7 @@ def _winograd_backward(saved: Any, cotangent: Array) -> tuple[Array, Array]:
     x, kernel = saved
     past, frames = len(kernel) - 1, cotangent.shape[1]
     around = jnp.pad(cotangent, [(0, 0), (past, past), (0, 0), (0, 0), (0, 0)])
-    by_x = winograd_conv(around, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4))
+    by_x = _winograd_conv(around, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4))
     padded = jnp.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)])
     taps = [_kernel_gradient(padded[:, i : i + frames], cotangent, (3, 3)) for i in range(past + 1)]
     return by_x, jnp.stack(taps)
@@ -361,7 +377,7 @@ def _kernel_gradient(x: Array, cotangent: Array, sizes: tuple[int, int]) -> Arra
         seen = (lax.slice_in_dim(frame[0], start, start + length, axis=1) for start in starts)
         return total + jnp.stack([jnp.tensordot(s, frame[1], ((0, 1), (0, 1))) for s in seen]), None
 
-    total, _ = lax.scan(add_frame, jnp.zeros((len(starts), i, o), x.dtype), frames)
+    total, _ = lax.scan(add_frame, jnp.zeros_like(x, shape=(len(starts), i, o)), frames)
     return total.reshape(rows, columns, i, o)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
-from ._convolution import in_order, is_large, pointwise_conv
+from ._convolution import in_order, is_large, partitioned, pointwise_conv
 from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm, frame
 from ._types import Key
 
@@ -73,9 +73,12 @@ class ResnetBlock(eqx.Module):
     ) -> tuple[Float[Array, "b t h w o"], ResnetCache]:
         act, short = _ACTIVATIONS[self.act_fn], self.conv_shortcut
         cache1, cache2 = cache or ResnetCache()
-        beside = short if is_large(x) and x.shape[-1] == 2 * self.conv1.conv.bias.size else None
+        onto, beside = x, None
+        if short is not None and _by_frames(self.conv1, x) and x.shape[-1] == 2 * _widths(short)[1]:
+            onto, beside = None, short  # the branch and the shortcut fit into x
+        elif short is not None:
+            onto = pointwise_conv(x, short.weight, short.bias)
         y, cache1 = normed_conv(self.norm1, act, self.conv1, x, cache1, latents, beside=beside)
-        onto = None if beside else x if short is None else pointwise_conv(x, *_parts(short))
         y, cache2 = normed_conv(self.norm2, act, self.conv2, y, cache2, latents, onto=onto)
         return y, ResnetCache(cache1, cache2)
 
@@ -101,7 +104,8 @@ def normed_conv(
     """A norm over all frames, an activation, then the convolution, and what is added to it.
 
     Added are `onto`, and the channels of `x` that come after those of the norm. `beside` is a
-    pointwise convolution of `x` that is appended to the result, for a later call to add.
+    pointwise convolution of `x` that is appended to the result, for a later call to add: with
+    it the result must be as wide as `x`, and there is no `onto`.
 
     Of large arrays frame by frame: what is normalised, and what the convolution makes of it on
     its way, is then there for one frame at a time; and the result is written over `onto`, or
@@ -110,25 +114,33 @@ def normed_conv(
     """
     if isinstance(norm, SpatialNorm) and latents is None:
         raise ValueError("a resnet block with spatial norms needs `latents=`.")
-    causal = isinstance(conv, CausalConv3d) and conv.pad_mode != "replicate"
-    frames = causal and is_large(x) if variant is None else variant == "frames"
-    apply = _normed_conv_of_frames if frames else _normed_conv
+    if beside is not None and (onto is not None or x.shape[-1] != 2 * _widths(beside)[1]):
+        raise ValueError("`beside` goes without `onto`, and must halve the channels.")
+    by_frames = _by_frames(conv, x) if variant is None else variant == "frames"
+    apply = _normed_conv_of_frames if by_frames else _normed_conv
     return apply(act, norm, conv, x, cache, latents, onto, beside)
 
 
+def _by_frames(conv: CausalConv3d, x: Array) -> bool:
+    return conv.pad_mode != "replicate" and is_large(x)
+
+
 def _normed_conv(act, norm, conv, x, cache, latents, onto, beside):
-    own = x[..., : _width(conv)]
+    own = x[..., : _widths(conv.conv)[0]]
     y, cache = conv(act(_affine(norm, own, latents)(own)).astype(x.dtype), cache)
     return _joined(y, x, conv, onto, beside), cache
 
 
 def _joined(y, x, conv, onto, beside):
     """The result of the convolution with all that is added or appended to it."""
+    width = _widths(conv.conv)[0]
     if onto is not None:
         y = onto + y
-    if x.shape[-1] > _width(conv):
-        y = x[..., _width(conv) :] + y
-    return y if beside is None else jnp.concatenate([y, pointwise_conv(x, *_parts(beside))], -1)
+    if x.shape[-1] > width:
+        y = x[..., width:] + y
+    if beside is None:
+        return y
+    return jnp.concatenate([y, pointwise_conv(x, beside.weight, beside.bias)], axis=-1)
 
 
 def _normed_conv_of_frames(act, *args):
@@ -137,6 +149,7 @@ def _normed_conv_of_frames(act, *args):
     The derivative is that of the whole: a loop's would keep every frame's intermediates.
     """
     arrays, static = eqx.partition(args, eqx.is_array)
+    here = partitioned.value
 
     @jax.custom_vjp
     def run(arrays):
@@ -144,14 +157,15 @@ def _normed_conv_of_frames(act, *args):
 
     def backward(arrays, cotangent):
         whole = lambda arrays: _normed_conv(act, *eqx.combine(arrays, static))  # noqa: E731
-        return jax.vjp(whole, arrays)[1](cotangent)
+        with partitioned(here):
+            return jax.vjp(whole, arrays)[1](cotangent)
 
     run.defvjp(lambda arrays: (run(arrays), arrays), backward)
     return run(arrays)
 
 
 def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
-    count, past, width = x.shape[1], conv.conv.weight.shape[0] - 1, _width(conv)
+    count, past, width = x.shape[1], conv.conv.weight.shape[0] - 1, _widths(conv.conv)[0]
     affine = _affine(norm, x[..., :width], latents)
 
     def normed(x, i):
@@ -161,9 +175,9 @@ def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
         frames, result = carry
         now = frame(x if beside is None else result, i)
         before = jnp.concatenate(frames, axis=1) if frames else None
-        y, cache = conv(normed(now, i), before)
+        y, seen = conv(normed(now, i), before)
         y = _joined(y, now, conv, None if onto is None else frame(result, i), beside)
-        frames = tuple(jnp.split(cache, past, axis=1)) if frames else ()
+        frames = tuple(jnp.split(seen, past, axis=1)) if frames else ()
         y = in_order(y)
         return (frames, jax.lax.dynamic_update_slice_in_dim(result, y, i, axis=1)), None
 
@@ -190,19 +204,18 @@ def _room(x, conv, onto, beside):
         return onto
     if beside is not None:
         return x
-    return jnp.zeros((*x.shape[:-1], conv.conv.bias.size), conv.conv.bias.dtype)
+    bias = conv.conv.bias
+    return jnp.zeros_like(x, shape=(*x.shape[:-1], bias.size), dtype=bias.dtype)
 
 
 def _affine(norm, x, latents):
     return norm.affine(x) if latents is None else norm.affine(x, latents)
 
 
-def _width(conv: CausalConv3d) -> int:
-    return conv.conv.weight.shape[-2]
-
-
-def _parts(conv: Conv) -> tuple[Array, Array]:
-    return conv.weight, conv.bias
+def _widths(conv: Conv) -> tuple[int, int]:
+    """Channels in and out."""
+    *_, i, o = conv.weight.shape
+    return i, o
 
 
 __all__ = ["ResnetBlock", "ResnetCache", "normed_conv"]

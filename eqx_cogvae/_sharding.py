@@ -43,7 +43,8 @@ class Sharded(Transform):
 
     def __call__(self, *args: PyTree[Shaped[Array, "..."]]) -> PyTree[Shaped[Array, "..."]]:
         self._check(args, "")
-        with partitioned(partitioned.value or bool(self.height or self.width)):
+        cut = any(among > 1 for name, (_, among) in self._cuts().items() if name != "batch")
+        with partitioned(partitioned.value or cut):
             return self._called(args)
 
     def _called(self, args: PyTree) -> PyTree:
@@ -131,7 +132,8 @@ def sharded(
     a device holds of activations falls with their number. Arrays of five axes, BTHWC, in the
     arguments and the results are cut into equal parts, of two rows and two columns or more. The
     weights in `fn` are copied to every device, once, here: a model from
-    `from_pretrained(..., mesh=mesh)` is there already.
+    `from_pretrained(..., mesh=mesh)` is there already. Height and width should be cut here, not by
+    placing arrays alone: the layers are told, and leave out what would gather whole frames.
 
     Goes around the whole function, `sharded(framewise(vae.decode_step, 2), mesh, ...)`, and
     inside of `tiled` and `sliced`. While tracing it constrains shardings only: the arguments of

@@ -43,7 +43,7 @@ def _by_bands(x: Array, kernels: list[list[Array]], bands: int) -> Array:
         part = _convolved(lax.dynamic_slice_in_dim(x, first, 2 * band + 2, axis=2), kernels)
         return lax.dynamic_update_slice_in_dim(y, part, first, axis=2), None
 
-    room = jnp.zeros((b, t - taps + 1, h - 2, w - 2, o), x.dtype)
+    room = jnp.zeros_like(x, shape=(b, t - taps + 1, h - 2, w - 2, o))
     return lax.scan(add, room, jnp.arange(0, rows, band, dtype=jnp.int32))[0]
 
 

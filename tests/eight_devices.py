@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reference import distance, normal
 
 import eqx_cogvae as cv
-from eqx_cogvae import _convolution, _layers, training
+from eqx_cogvae import _convolution, _layers, _winograd, training
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
@@ -94,6 +94,30 @@ def test_wide_convolutions_gather_nothing(monkeypatch):
     assert gathered(plain) != [], "nothing to avoid"
     check(eqx.filter_jit(cut).lower(on_mesh).compile(), (on_mesh,), conv(x)[0])
 
+    def gradient(fn):
+        return eqx.filter_jit(jax.grad(lambda x: jnp.sum(jnp.square(fn(x)))))
+
+    # The backward pass is traced when `sharded` has returned.
+    due = gradient(lambda x: conv(x)[0])(x)
+    check(gradient(cut).lower(on_mesh).compile(), (on_mesh,), due)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_within_shard_map(large, monkeypatch):
+    """Where arrays differ from device to device by their type."""
+    if large:
+        monkeypatch.setattr(_convolution, "LARGE", 0)
+    monkeypatch.setattr(_convolution, "WIDE", 1)
+    monkeypatch.setattr(_winograd, "BAND", 1000)
+    decoder = cv.VAE(CONFIG, key=jax.random.key(0)).decoder
+    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
+    spec, z = PartitionSpec("batch"), clip("decode", (2, 4, 6), 3)
+    run = jax.shard_map(lambda z: decoder(z)[0], mesh=mesh, in_specs=spec, out_specs=spec)
+    loss = lambda fn: lambda z: jnp.sum(jnp.square(fn(z)))  # noqa: E731
+    plain = lambda z: decoder(z)[0]  # noqa: E731
+    got, due = (jax.jit(jax.value_and_grad(loss(fn)))(z) for fn in (run, plain))
+    assert distance(got[1], due[1]) < 1e-5
+
 
 def test_a_gather_would_be_seen():
     mesh = mesh_of((1, 2, 1))
@@ -154,11 +178,15 @@ def test_gradients(vae):
     assert distance(gradients(cut, latents), gradients(whole, latents)) < 1e-5
 
 
-def test_other_platforms_lowering(vae, monkeypatch):
-    """What GPU and TPU run: convolutions in three dimensions, which XLA pads by itself."""
+@pytest.mark.parametrize("large", [False, True])
+def test_other_platforms_lowering(large, vae, monkeypatch):
+    """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one."""
     monkeypatch.setattr(
-        _convolution, "_per_platform", lambda cpu, default, *args, variant: default(*args)
+        _convolution, "_per_platform", lambda cpu, default, *args, **_: default(*args)
     )
+    if large:
+        monkeypatch.setattr(_convolution, "LARGE", 0)
+        monkeypatch.setattr(_convolution, "HUGE", 0)
     mesh, latents = mesh_of((2, 2, 2)), clip("decode", (2, 4, 6), 3)
     # Not the step, which may have been traced before.
     cut = cv.sharded(vae.decoder, mesh, **AXES)
