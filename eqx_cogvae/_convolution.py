@@ -212,7 +212,7 @@ def _summed_conv2d(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> Arr
 
 
 def _accumulator(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
 def frame_conv(
