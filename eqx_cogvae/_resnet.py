@@ -74,7 +74,7 @@ class ResnetBlock(eqx.Module):
         act, short = _ACTIVATIONS[self.act_fn], self.conv_shortcut
         cache1, cache2 = cache or ResnetCache()
         onto, beside = x, None
-        if short is not None and _by_frames(self.conv1, x) and x.shape[-1] == 2 * _widths(short)[1]:
+        if short is not None and _by_frames(self.conv1, x) and x.shape[-1] == 2 * short.bias.size:
             onto, beside = None, short  # the branch and the shortcut fit into x
         elif short is not None:
             onto = pointwise_conv(x, short.weight, short.bias)
@@ -114,30 +114,30 @@ def normed_conv(
     """
     if isinstance(norm, SpatialNorm) and latents is None:
         raise ValueError("a resnet block with spatial norms needs `latents=`.")
-    if beside is not None and (onto is not None or x.shape[-1] != 2 * _widths(beside)[1]):
+    if beside is not None and (onto is not None or x.shape[-1] != 2 * beside.bias.size):
         raise ValueError("`beside` goes without `onto`, and must halve the channels.")
     by_frames = _by_frames(conv, x) if variant is None else variant == "frames"
     apply = _normed_conv_of_frames if by_frames else _normed_conv
     return apply(act, norm, conv, x, cache, latents, onto, beside)
 
 
-def _by_frames(conv: CausalConv3d, x: Array) -> bool:
-    return conv.pad_mode != "replicate" and is_large(x)
+def _by_frames(conv: Callable, x: Array) -> bool:
+    # What a user put in place of the convolution is called once, with all frames.
+    return isinstance(conv, CausalConv3d) and conv.pad_mode != "replicate" and is_large(x)
 
 
 def _normed_conv(act, norm, conv, x, cache, latents, onto, beside):
-    own = x[..., : _widths(conv.conv)[0]]
+    own = x[..., : _width(norm)]
     y, cache = conv(act(_affine(norm, own, latents)(own)).astype(x.dtype), cache)
-    return _joined(y, x, conv, onto, beside), cache
+    return _joined(y, x[..., _width(norm) :], x, onto, beside), cache
 
 
-def _joined(y, x, conv, onto, beside):
+def _joined(y, beyond, x, onto, beside):
     """The result of the convolution with all that is added or appended to it."""
-    width = _widths(conv.conv)[0]
     if onto is not None:
         y = onto + y
-    if x.shape[-1] > width:
-        y = x[..., width:] + y
+    if beyond.shape[-1]:
+        y = beyond + y
     if beside is None:
         return y
     return jnp.concatenate([y, pointwise_conv(x, beside.weight, beside.bias)], axis=-1)
@@ -165,7 +165,7 @@ def _normed_conv_of_frames(act, *args):
 
 
 def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
-    count, past, width = x.shape[1], conv.conv.weight.shape[0] - 1, _widths(conv.conv)[0]
+    count, past, width = x.shape[1], conv.conv.weight.shape[0] - 1, _width(norm)
     affine = _affine(norm, x[..., :width], latents)
 
     def normed(x, i):
@@ -176,7 +176,8 @@ def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
         now = frame(x if beside is None else result, i)
         before = jnp.concatenate(frames, axis=1) if frames else None
         y, seen = conv(normed(now, i), before)
-        y = _joined(y, now, conv, None if onto is None else frame(result, i), beside)
+        own = None if onto is None else frame(result, i)
+        y = _joined(y, now[..., width:], now, own, beside)
         frames = tuple(jnp.split(seen, past, axis=1)) if frames else ()
         y = in_order(y)
         return (frames, jax.lax.dynamic_update_slice_in_dim(result, y, i, axis=1)), None
@@ -212,10 +213,9 @@ def _affine(norm, x, latents):
     return norm.affine(x) if latents is None else norm.affine(x, latents)
 
 
-def _widths(conv: Conv) -> tuple[int, int]:
-    """Channels in and out."""
-    *_, i, o = conv.weight.shape
-    return i, o
+def _width(norm: GroupNorm | SpatialNorm) -> int:
+    """Its channels."""
+    return (norm.norm_layer if isinstance(norm, SpatialNorm) else norm).weight.size
 
 
 __all__ = ["ResnetBlock", "ResnetCache", "normed_conv"]
