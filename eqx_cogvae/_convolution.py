@@ -175,8 +175,8 @@ def valid_conv(
 def _taps_as_channels(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> Array:
     """One 2D convolution of frames that hold the channels of all the frames a tap would see.
 
-    XLA for TPUs compiles it several times as fast as one in 3D or one for each tap, and by its
-    own estimate it runs in less time. Not measured on GPUs.
+    XLA for TPUs compiles it several times as fast as one in 3D or one for each tap. Not measured
+    on GPUs.
     """
     (taps, *_, i, o), b = kernel.shape, x.shape[0]
     frames = x.shape[1] - taps + 1

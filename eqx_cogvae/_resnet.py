@@ -187,8 +187,9 @@ def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
         # The cache is made apart, and before the loop may write over `x`: what the loop carries
         # has the loop's layout, not that of a result, and left to XLA for TPUs the copies of all
         # caches come last, when every one is there twice.
-        wanted = [0] * (cache is None) + list(range(max(0, count - past), count))
-        ends = jnp.asarray(wanted, index.dtype)
+        ends = index[max(0, count - past) :]
+        if cache is None:  # the first frame stands in for it
+            ends = jnp.concatenate([index[:1], ends])
         last = list(jax.lax.map(lambda i: normed(frame(x, i), i), ends))
         cache = jnp.repeat(last.pop(0), past, axis=1) if cache is None else cache
         frames = tuple(jnp.split(cache, past, axis=1))
