@@ -1,9 +1,15 @@
 """Builds the wheel and the sdist, looks at what is in them, and runs the demo from the wheel.
 
-python scripts/wheel.py            # needs `build`; --demo installs into an empty environment
+    pip install build cyclonedx-bom
+    python scripts/wheel.py                      # builds and looks
+    python scripts/wheel.py --demo --out dist    # what is released, with its bill of materials
+
+`--demo` installs the wheel into an empty environment, and lists in CycloneDX's format what came
+with it. Without `--out` nothing is kept.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -56,22 +62,46 @@ def demo(wheel, folder):
     command = ["reconstruct", "--frames", "9", "--size", "32x48"]
     subprocess.run([python, "-m", "eqx_cogvae", *command], cwd=folder, check=True)
     assert (folder / "out" / "procedural.mp4").stat().st_size
+    return python
+
+
+def write_bill(python, path):
+    """The software bill of materials of an environment, and how many packages it lists."""
+    command = [sys.executable, "-m", "cyclonedx_py", "environment", "--output-reproducible"]
+    described = ["--pyproject", ROOT / "pyproject.toml", "--mc-type", "library"]
+    subprocess.run([*command, *described, "-o", path, python], check=True)
+    bill = json.loads(path.read_text())
+    assert bill["metadata"]["component"]["name"] == "eqx_cogvae"
+    assert all(part.get("version") for part in bill["components"])
+    return len(bill["components"])
+
+
+def build(out, with_demo):
+    """Into a folder, each looked at."""
+    subprocess.run([sys.executable, "-m", "build", "-o", out, ROOT], check=True)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    print(f"{wheel.name}: {check_wheel(wheel):,} bytes unpacked, nothing stray")
+    print(f"{sdist.name}: {check_sdist(sdist)} files, nothing stray")
+    if not with_demo:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        python = demo(wheel, Path(folder))
+        print("the demo ran from an environment with the wheel alone")
+        bill = wheel.with_suffix(".cdx.json")
+        print(f"{bill.name}: {write_bill(python, bill)} packages")
 
 
 def main():
     """Prints what was found to be right; an `AssertionError` names what was not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", action="store_true", help="install it, and run the demo")
+    parser.add_argument("--out", type=Path, help="a folder to keep it all in, empty or not there")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        subprocess.run([sys.executable, "-m", "build", "-o", folder, ROOT], check=True)
-        (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-        print(f"{wheel.name}: {check_wheel(wheel):,} bytes unpacked, nothing stray")
-        print(f"{sdist.name}: {check_sdist(sdist)} files, nothing stray")
-        if options.demo:
-            demo(wheel, folder)
-            print("the demo ran from an environment with the wheel alone")
+    if options.out:
+        build(options.out.absolute(), options.demo)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            build(Path(folder), options.demo)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import re
 
 import equinox as eqx
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reference import distance, normal
 
@@ -242,6 +244,46 @@ def test_what_does_not_divide(name, whole, vae):
         cv.sharded(cv.framewise(step, 2) if whole else step, mesh_of((2, 2, 2)), **axes)(
             clip(what, latents, 3)
         )
+
+
+parts = st.sampled_from([(1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2), (1, 1, 8)])
+
+
+@given(
+    sizes=parts,
+    latents=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    frames=st.integers(1, 5),
+    names=st.permutations([*AXES, None]),
+    batch=st.integers(1, 3),
+    traced=st.booleans(),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_any_shape_on_any_mesh(sizes, latents, frames, names, batch, traced):
+    """What each cell makes of itself, or one line that names sizes that would do."""
+    x = normal((latents[0], frames, *latents[1:], 1))
+    axes = {name: axis for name, axis in zip(AXES, names, strict=False) if axis}
+    fn = cv.sharded(cv.framewise(running_sum, batch), mesh_of(sizes), **axes)
+    try:
+        got = (eqx.filter_jit(fn) if traced else fn)(x)
+    except ValueError as error:
+        assert_deserved(str(error), sizes, latents, axes)
+        return
+    assert got.shape == x.shape
+    np.testing.assert_allclose(got, np.cumsum(x, axis=1), rtol=1e-5, atol=1e-5)
+
+
+def assert_deserved(message, sizes, latents, axes):
+    """One line, about a side that the devices it is cut over do not divide."""
+    among = dict(zip(AXES, sizes, strict=True))
+    sides = dict(zip(AXES, latents, strict=True))
+    cuts = [(sides[name], among[axis]) for name, axis in axes.items()]
+    assert any(n > 1 and (side % n or side < 2 * n) for side, n in cuts), message
+    assert "give a " in message and "\n" not in message
+
+
+def running_sum(x, cache):
+    y = (0 if cache is None else cache) + jnp.cumsum(x, axis=1)
+    return y, y[:, -1:]
 
 
 BEST = {

@@ -356,6 +356,19 @@ def clips_in(root):
     return len(list(root.glob("latents/*/*.safetensors")))
 
 
+def stopped(arguments, destination, how, due, later=0.0):
+    """A run's code and stderr: it gets a signal `later` seconds after `due` clips are there."""
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and clips_in(destination) < due:
+        time.sleep(0.002)
+    time.sleep(later)
+    process.send_signal(how)
+    _, words = process.communicate()
+    return process.returncode, words
+
+
 def kill_at_random(arguments, destination, kills, most, rng):
     """Starts a run again and again, each killed at a moment after up to `most` more clips.
 
@@ -364,14 +377,7 @@ def kill_at_random(arguments, destination, kills, most, rng):
     done = [0]
     for _ in range(kills):
         due = done[-1] + rng.randint(1, most)
-        process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and clips_in(destination) < due:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        stopped(arguments, destination, signal.SIGKILL, due, rng.uniform(0, 0.03))
         done.append(clips_in(destination))
     return done[1:]
 
@@ -394,6 +400,20 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(options, tmp_path, model):
         write(tmp_path / "v" / f"{seed}.mp4", 9 + seed % 3, seed)
     (tmp_path / "v" / "broken.mp4").write_bytes(b"garbage")
     check_that_kills_change_nothing(tmp_path, model, 2 if options else 3, 4, *options)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, model):
+    for seed in range(12):
+        write(tmp_path / "v" / f"{seed}.mp4", 9, seed)
+    arguments = ["encode-dataset", tmp_path / "v", tmp_path / "z", "--model", model, "--frames", 9]
+    code, words = stopped(arguments, tmp_path / "z", signal.SIGINT, 2)
+    assert code == 130 and "interrupted" in words.splitlines()[-1], words
+    assert "Traceback" not in words
+    assert 2 <= clips_in(tmp_path / "z") < 12
+    assert run(*arguments) == 0
+    arguments[2] = tmp_path / "whole"
+    assert run(*arguments) == 0
+    assert tree(tmp_path / "z") == tree(tmp_path / "whole")
 
 
 @pytest.mark.full
