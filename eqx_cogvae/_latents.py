@@ -31,7 +31,8 @@ _PICKLED = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity: arrays have no truth value.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Latents:
     """Latents with what their file says of them; None where it says nothing.
 

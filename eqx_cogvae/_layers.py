@@ -1,5 +1,6 @@
 """The layers: from an array and what is cached of its past, to an array and the new cache."""
 
+import functools
 from typing import NamedTuple
 
 import equinox as eqx
@@ -88,11 +89,7 @@ class Affine(NamedTuple):
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         """The result in at least float32, not yet rounded to the dtype of `x`."""
-        y = (at_least_float32(x) - self.mean) * self.gain + self.bias
-        if self.scale is None or self.shift is None:
-            return y
-        scale, shift = (_nearest(s, x.shape[1:4]) for s in (self.scale, self.shift))
-        return y * scale.astype(y.dtype) + shift.astype(y.dtype)
+        return _applied(self, x) if self.mean.shape[1] == 1 else _apply(self, x)
 
     def of_frame(
         self, x: Float[Array, "b 1 h w c"], i: Int[Array, ""], frames: int
@@ -112,6 +109,40 @@ class Affine(NamedTuple):
         cells = y.reshape(*y.shape[:2], h2, h // h2, w2, w // w2, -1)
         scale, shift = (s.astype(y.dtype)[:, :, :, None, :, None] for s in (scale, shift))
         return (cells * scale + shift).reshape(y.shape)
+
+
+def _apply(affine: Affine, x: Array) -> Array:
+    y = (at_least_float32(x) - affine.mean) * affine.gain + affine.bias
+    if affine.scale is None or affine.shift is None:
+        return y
+    scale, shift = (_nearest(s, x.shape[1:4]) for s in (affine.scale, affine.shift))
+    return y * scale.astype(y.dtype) + shift.astype(y.dtype)
+
+
+def _pull_back(saved: tuple[Affine, Array], cotangent: Array) -> tuple[Affine, Array]:
+    # All but the derivative by x follows from two sums over the pixels that share a scale: they
+    # are taken once, and channels stay together, where a sum over each broadcast would not.
+    affine, x = saved
+    mean, gain, bias, scale, _ = affine
+    if scale is None:
+        by_pixel, total = cotangent, _sum_of_pixels
+        factor = jnp.ones_like(gain)
+    else:
+        factor = scale.astype(cotangent.dtype)
+        by_pixel = cotangent * _nearest(factor, x.shape[1:4])
+        total = functools.partial(_sum_of_copies, shape=scale.shape)
+    of_ones, of_x = total(cotangent), total(cotangent * (at_least_float32(x) - mean))
+    by_bias, by_gain = (_sum_of_pixels(s * factor) for s in (of_ones, of_x))
+    by_bias, by_mean = jnp.sum(by_bias, axis=0, keepdims=True), -by_bias * gain
+    by_x = (by_pixel * gain).astype(x.dtype)
+    if scale is None:
+        return Affine(by_mean, by_gain, by_bias), by_x
+    by_scale, by_shift = (s.astype(scale.dtype) for s in (of_x * gain + of_ones * bias, of_ones))
+    return Affine(by_mean, by_gain, by_bias, by_scale, by_shift), by_x
+
+
+_applied = jax.custom_vjp(_apply)
+_applied.defvjp(lambda affine, x: (_apply(affine, x), (affine, x)), _pull_back)
 
 
 class GroupNorm(eqx.Module):
@@ -134,18 +165,34 @@ class GroupNorm(eqx.Module):
     @named_scope("eqx_cogvae.GroupNorm")
     def affine(self, x: Float[Array, "b t h w c"]) -> Affine:
         """What the moments of `x` make of the norm."""
-        mean = self._mean(at_least_float32(x))
-        variance = self._mean(jnp.square(at_least_float32(x) - mean))
+        mean = _mean(at_least_float32(x), self.groups)
+        variance = _variance(at_least_float32(x), mean, self.groups)
         weight, bias = self.weight.astype(mean.dtype), self.bias.astype(mean.dtype)
         gain = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
         return Affine(mean, gain, _channels(bias))
 
-    def _mean(self, x: Array) -> Array:
-        # Row by row first: millions of float32 in one sum would lose digits, and take twice the
-        # time. Groups last: to split the channels of large arrays is to copy them.
-        by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2), keepdims=True)
-        by_group = jnp.mean(by_channel.reshape(x.shape[0], self.groups, -1), axis=2)
-        return jnp.repeat(by_group, x.shape[4] // self.groups, axis=1)[:, None, None, None]
+
+def _mean(x: Array, groups: int) -> Array:
+    """Of each group of channels over all frames and pixels, for each channel."""
+    # Row by row first: millions of float32 in one sum would lose digits, and take twice the
+    # time. Groups last: to split the channels of large arrays is to copy them.
+    by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))
+    by_group = jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2)
+    # As a product: XLA's CPU backend would look the group up for every pixel.
+    member = jnp.repeat(jnp.eye(groups, dtype=x.dtype), x.shape[4] // groups, axis=1)
+    return jnp.matmul(by_group, member, precision="highest")[:, None, None, None]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _variance(x: Array, mean: Array, groups: int) -> Array:
+    return _mean(jnp.square(x - mean), groups)
+
+
+@_variance.defjvp
+def _variance_jvp(groups, primals, tangents):
+    # About the mean itself the variance does not change as the mean does.
+    (x, mean), (by_x, _) = primals, tangents
+    return _variance(x, mean, groups), 2 * _mean((x - mean) * by_x, groups)
 
 
 class SpatialNorm(eqx.Module):
@@ -247,6 +294,25 @@ def _nearest(x: Array, size: tuple[int, ...]) -> Array:
     if frames > 1 and frames % 2 == 1:
         return jnp.concatenate([x[:, :1], _repeat(x[:, 1:], frames - 1, axis=1)], axis=1)
     return _repeat(x, frames, axis=1)
+
+
+def _sum_of_copies(x: Array, shape: tuple[int, ...]) -> Array:
+    """The transpose of `_nearest`: to `shape`, the sum of all that were copied from one."""
+    (b, t, h, w, c), (_, sources, rows, columns, _) = x.shape, shape
+    odd = int(t > 1 and t % 2 == 1)
+    if h % rows or w % columns or (t - odd) % (sources - odd):
+        back = jax.linear_transpose(
+            lambda s: _nearest(s, (t, h, w)), jax.ShapeDtypeStruct(shape, x.dtype)
+        )
+        return back(x)[0]
+    x = jnp.sum(x.reshape(b, t, rows, h // rows, columns, w // columns, c), axis=(3, 5))
+    rest = jnp.sum(x[:, odd:].reshape(b, sources - odd, -1, *x.shape[2:]), axis=2)
+    return jnp.concatenate([x[:, :odd], rest], axis=1)
+
+
+def _sum_of_pixels(x: Array) -> Array:
+    """For each channel; row by row, as for the moments."""
+    return jnp.sum(jnp.sum(x, axis=3, keepdims=True), axis=(1, 2), keepdims=True)
 
 
 def _nearest_frame(i: Array, frames: int, sources: int) -> Array:

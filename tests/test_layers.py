@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders import autoencoder_kl_cogvideox as theirs
 from diffusers.models.downsampling import CogVideoXDownsample3D
 from diffusers.models.upsampling import CogVideoXUpsample3D
+from jax.test_util import check_grads
 from reference import distance, from_torch, normal, to_torch
 
 from eqx_cogvae import _convolution, _layers, _resnet, _winograd
@@ -205,15 +206,59 @@ def test_group_norm_is_as_exact_as_float64(offset):
 NORMED = [(f, z) for f in (1, 2, 3, 4, 5) for z in (1, 2, 3) if z > 1 or f == 1 or f % 2 == 0]
 
 
-@pytest.mark.parametrize(("frames", "latent_frames"), NORMED)
-def test_spatial_norm(frames, latent_frames):
+def spatial_norms():
     ours = _layers.SpatialNorm(8, 3, 2, key=KEY)
     model = theirs.CogVideoXSpatialNorm3D(8, 3, groups=2)
     copy(model.conv_y.conv, ours.conv_y.conv)
     copy(model.conv_b.conv, ours.conv_b.conv)
+    return ours, model
+
+
+@pytest.mark.parametrize(("frames", "latent_frames"), NORMED)
+def test_spatial_norm(frames, latent_frames):
+    ours, model = spatial_norms()
     x, z = normal((2, frames, 11, 8, 8)), normal((2, latent_frames, 5, 4, 3), 1)
     due, _ = model(to_torch(x), to_torch(z))
     assert distance(ours(x, z), from_torch(due)) < 2e-6
+
+
+@pytest.mark.parametrize(("frames", "latent_frames"), [(1, 1), (3, 2), (4, 2), (4, 3), (5, 3)])
+@pytest.mark.parametrize("side", [(10, 8), (11, 8)])
+def test_gradients_of_a_spatial_norm_agree(frames, latent_frames, side):
+    """By features, latents and weights; of sides that are multiples of the latents', and others."""
+    ours, model = spatial_norms()
+    x, z = normal((2, frames, *side, 8)), normal((2, latent_frames, 5, 4, 3), 1)
+    weights = normal(x.shape, 2)
+
+    @jax.jit
+    @jax.grad
+    def gradients(args):
+        norm, x, z = args
+        return jnp.sum(jnp.square(norm(x, z) * weights))
+
+    by_norm, *ours = gradients((ours, x, z))
+    due = torch_gradients(lambda x, z: model(x, z)[0] * to_torch(weights), to_torch(x), to_torch(z))
+    pairs = [(got, np.moveaxis(theirs, 1, -1)) for got, theirs in zip(ours, due, strict=True)]
+    pairs += [
+        (by_norm.norm_layer.weight, model.norm_layer.weight.grad),
+        (by_norm.norm_layer.bias, model.norm_layer.bias.grad),
+    ]
+    for got, module in ((by_norm.conv_y, model.conv_y), (by_norm.conv_b, model.conv_b)):
+        weight = module.conv.weight.grad.numpy().transpose(2, 3, 4, 1, 0)
+        pairs += [(got.conv.weight, weight), (got.conv.bias, module.conv.bias.grad)]
+    for got, theirs_ in pairs:
+        assert distance(got, np.asarray(theirs_)) < 3e-6
+
+
+@pytest.mark.parametrize("size", [(3, 10, 8), (4, 7, 5)])
+def test_second_derivatives_of_norms(size):
+    """Against finite differences, in float64."""
+    with jax.enable_x64(True):
+        norm = _layers.SpatialNorm(4, 3, 2, key=KEY, dtype=jnp.float64)
+        x, z = normal((1, *size, 4), dtype=jnp.float64), normal((1, 2, 5, 4, 3), 1, jnp.float64)
+        for fn, args in ((norm, (x, z)), (norm.norm_layer, (x,))):
+            check = lambda *args, fn=fn: jax.nn.silu(fn(*map(jnp.asarray, args)))  # noqa: E731
+            check_grads(check, args, order=2, modes=["rev"])
 
 
 def copy(module, conv):
