@@ -99,8 +99,8 @@ def test_the_version_is_that_of_the_metadata():
 def test_hashes_are_of_the_versions_that_are_pinned():
     def pins(path):
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        return {re.sub(r"\+cpu| --hash=sha256:[0-9a-f]{64}$", "", line).lower() for line in lines}
+        return {re.sub(r"( --hash=sha256:[0-9a-f]{64})+$", "", line).lower() for line in lines}
 
     hashed = ROOT / ".ci" / "hashes.txt"
     assert pins(hashed) == pins(ROOT / "constraints.txt")
-    assert hashed.read_text().count(" --hash=sha256:") == len(pins(hashed))
+    assert hashed.read_text().count(" --hash=sha256:") >= len(pins(hashed))
