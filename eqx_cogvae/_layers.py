@@ -6,6 +6,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import named_scope
 from jaxtyping import Array, Float, Int
 
@@ -89,6 +90,7 @@ class Affine(NamedTuple):
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         """The result in at least float32, not yet rounded to the dtype of `x`."""
+        # Moments of each frame are a user's own.
         return _applied(self, x) if self.mean.shape[1] == 1 else _apply(self, x)
 
     def of_frame(
@@ -120,25 +122,24 @@ def _apply(affine: Affine, x: Array) -> Array:
 
 
 def _pull_back(saved: tuple[Affine, Array], cotangent: Array) -> tuple[Affine, Array]:
-    # All but the derivative by x follows from two sums over the pixels that share a scale: they
-    # are taken once, and channels stay together, where a sum over each broadcast would not.
+    # Two sums give every derivative but the one by x; JAX's own would sum once per broadcast.
     affine, x = saved
     mean, gain, bias, scale, _ = affine
+    centred = at_least_float32(x) - mean
     if scale is None:
-        by_pixel, total = cotangent, _sum_of_pixels
-        factor = jnp.ones_like(gain)
+        by_pixel, of_ones, of_centred = cotangent, cotangent, cotangent * centred
     else:
-        factor = scale.astype(cotangent.dtype)
-        by_pixel = cotangent * _nearest(factor, x.shape[1:4])
-        total = functools.partial(_sum_of_copies, shape=scale.shape)
-    of_ones, of_x = total(cotangent), total(cotangent * (at_least_float32(x) - mean))
-    by_bias, by_gain = (_sum_of_pixels(s * factor) for s in (of_ones, of_x))
-    by_bias, by_mean = jnp.sum(by_bias, axis=0, keepdims=True), -by_bias * gain
+        by_pixel = cotangent * _nearest(scale, x.shape[1:4]).astype(cotangent.dtype)
+        of_ones, of_centred = (
+            _sum_of_copies(y, scale.shape) for y in (cotangent, cotangent * centred)
+        )
+        by_scale, by_shift = of_centred * gain + of_ones * bias, of_ones
+        scales = (by_scale.astype(scale.dtype), by_shift.astype(scale.dtype))
+        of_ones, of_centred = (s * scale.astype(s.dtype) for s in (of_ones, of_centred))
+    total, by_gain = _sum_of_pixels(of_ones), _sum_of_pixels(of_centred)
+    moments = (-total * gain, by_gain, jnp.sum(total, axis=0, keepdims=True))
     by_x = (by_pixel * gain).astype(x.dtype)
-    if scale is None:
-        return Affine(by_mean, by_gain, by_bias), by_x
-    by_scale, by_shift = (s.astype(scale.dtype) for s in (of_x * gain + of_ones * bias, of_ones))
-    return Affine(by_mean, by_gain, by_bias, by_scale, by_shift), by_x
+    return Affine(*moments) if scale is None else Affine(*moments, *scales), by_x
 
 
 _applied = jax.custom_vjp(_apply)
@@ -165,11 +166,25 @@ class GroupNorm(eqx.Module):
     @named_scope("eqx_cogvae.GroupNorm")
     def affine(self, x: Float[Array, "b t h w c"]) -> Affine:
         """What the moments of `x` make of the norm."""
-        mean = _mean(at_least_float32(x), self.groups)
-        variance = _variance(at_least_float32(x), mean, self.groups)
+        mean, variance = _moments(at_least_float32(x), self.groups)
         weight, bias = self.weight.astype(mean.dtype), self.bias.astype(mean.dtype)
         gain = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
         return Affine(mean, gain, _channels(bias))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _moments(x: Array, groups: int) -> tuple[Array, Array]:
+    """Mean and variance of each group of channels, over all frames and pixels."""
+    mean = _mean(x, groups)
+    return mean, _mean(jnp.square(x - mean), groups)
+
+
+@_moments.defjvp
+def _moments_jvp(groups, primals, tangents):
+    # As the mean changes the variance about it does not: JAX would sum to find that out.
+    (x,), (by_x,) = primals, tangents
+    mean, variance = _moments(x, groups)
+    return (mean, variance), (_mean(by_x, groups), 2 * _mean((x - mean) * by_x, groups))
 
 
 def _mean(x: Array, groups: int) -> Array:
@@ -178,21 +193,10 @@ def _mean(x: Array, groups: int) -> Array:
     # time. Groups last: to split the channels of large arrays is to copy them.
     by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))
     by_group = jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2)
-    # As a product: XLA's CPU backend would look the group up for every pixel.
-    member = jnp.repeat(jnp.eye(groups, dtype=x.dtype), x.shape[4] // groups, axis=1)
-    return jnp.matmul(by_group, member, precision="highest")[:, None, None, None]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _variance(x: Array, mean: Array, groups: int) -> Array:
-    return _mean(jnp.square(x - mean), groups)
-
-
-@_variance.defjvp
-def _variance_jvp(groups, primals, tangents):
-    # About the mean itself the variance does not change as the mean does.
-    (x, mean), (by_x, _) = primals, tangents
-    return _variance(x, mean, groups), 2 * _mean((x - mean) * by_x, groups)
+    # By a sum, not repeated: XLA's CPU backend would look the group up for every pixel.
+    member = np.repeat(np.eye(groups, dtype=bool), x.shape[4] // groups, axis=1)
+    mean = jnp.sum(jnp.where(member[None], by_group[:, :, None], 0), axis=1)
+    return mean[:, None, None, None]
 
 
 class SpatialNorm(eqx.Module):

@@ -4,8 +4,8 @@
     python scripts/wheel.py                      # builds and looks
     python scripts/wheel.py --demo --out dist    # what is released, with its bill of materials
 
-`--demo` installs the wheel into an empty environment, and lists in CycloneDX's format what came
-with it. Without `--out` nothing is kept.
+`--demo` installs the wheel with `[video]` into an environment of its own, and lists in CycloneDX's
+format what is there then, pip included. Without `--out` nothing is kept.
 """
 
 import argparse
@@ -49,7 +49,8 @@ def check_sdist(path):
         names = [member.name.partition("/")[2] for member in sdist if member.isfile()]
     stray = [name for name in names if ELSEWHERE.search(name)]
     assert not stray, stray
-    assert due() | {"pyproject.toml", "LICENSE", "tests/conftest.py"} <= set(names)
+    needed = {"pyproject.toml", "LICENSE", "tests/conftest.py", ".ci/hashes.txt"}
+    assert due() | needed <= set(names)
     return len(names)
 
 
@@ -97,6 +98,8 @@ def main():
     parser.add_argument("--demo", action="store_true", help="install it, and run the demo")
     parser.add_argument("--out", type=Path, help="a folder to keep it all in, empty or not there")
     options = parser.parse_args()
+    if options.out and options.out.exists() and any(options.out.iterdir()):
+        parser.error(f"{options.out} is not empty")
     if options.out:
         build(options.out.absolute(), options.demo)
     else:

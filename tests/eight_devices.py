@@ -184,6 +184,19 @@ def test_gradients(vae):
     assert distance(gradients(cut, latents), gradients(whole, latents)) < 1e-5
 
 
+def test_gradients_of_a_norm_gather_nothing():
+    norm, mesh = _layers.SpatialNorm(8, 3, 4, key=jax.random.key(0)), mesh_of((2, 2, 2))
+    x, z = normal((2, 3, 16, 24, 8)), normal((2, 2, 4, 6, 3), 1)
+    cut = cv.sharded(lambda x, z: norm(x, z), mesh, **AXES)
+
+    def gradients(fn):
+        return eqx.filter_jit(jax.grad(lambda args: jnp.sum(jnp.square(fn(*args) + args[0]))))
+
+    due = gradients(norm)((x, z))
+    on_mesh = cut._placed((x, z))
+    check(gradients(cut).lower(on_mesh).compile(), (on_mesh,), due)
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_other_platforms_lowering(large, vae, monkeypatch):
     """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one."""
@@ -254,22 +267,23 @@ parts = st.sampled_from([(1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2), 
     latents=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
     frames=st.integers(1, 5),
     names=st.permutations([*AXES, None]),
-    batch=st.integers(1, 3),
+    at_once=st.integers(1, 3),
     traced=st.booleans(),
 )
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_any_shape_on_any_mesh(sizes, latents, frames, names, batch, traced):
-    """What each cell makes of itself, or one line that names sizes that would do."""
+def test_any_shape_on_any_mesh(sizes, latents, frames, names, at_once, traced):
+    """The same as on one device, or one line that names sizes that would do."""
     x = normal((latents[0], frames, *latents[1:], 1))
     axes = {name: axis for name, axis in zip(AXES, names, strict=False) if axis}
-    fn = cv.sharded(cv.framewise(running_sum, batch), mesh_of(sizes), **axes)
+    fn = cv.sharded(cv.framewise(sum_of_crosses, at_once), mesh_of(sizes), **axes)
     try:
         got = (eqx.filter_jit(fn) if traced else fn)(x)
     except ValueError as error:
         assert_deserved(str(error), sizes, latents, axes)
         return
     assert got.shape == x.shape
-    np.testing.assert_allclose(got, np.cumsum(x, axis=1), rtol=1e-5, atol=1e-5)
+    due, _ = sum_of_crosses(x, None)
+    np.testing.assert_allclose(got, due, rtol=1e-5, atol=1e-5)
 
 
 def assert_deserved(message, sizes, latents, axes):
@@ -281,8 +295,12 @@ def assert_deserved(message, sizes, latents, axes):
     assert "give a " in message and "\n" not in message
 
 
-def running_sum(x, cache):
-    y = (0 if cache is None else cache) + jnp.cumsum(x, axis=1)
+def sum_of_crosses(x, cache):
+    """Each pixel with its neighbours, and all frames before."""
+    rows = jnp.pad(x, [(0, 0), (0, 0), (1, 1), (0, 0), (0, 0)])
+    columns = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (1, 1), (0, 0)])
+    cross = x + rows[:, :, :-2] - rows[:, :, 2:] + columns[:, :, :, :-2] - columns[:, :, :, 2:]
+    y = (0 if cache is None else cache) + jnp.cumsum(cross, axis=1)
     return y, y[:, -1:]
 
 

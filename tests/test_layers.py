@@ -250,12 +250,41 @@ def test_gradients_of_a_spatial_norm_agree(frames, latent_frames, side):
         assert distance(got, np.asarray(theirs_)) < 3e-6
 
 
+def test_gradients_of_a_norm_in_half_precision():
+    """Summed in float32, and rounded once."""
+    x, z, weights = (
+        normal((2, 3, 40, 32, 8)),
+        normal((2, 2, 5, 4, 3), 1),
+        normal((2, 3, 40, 32, 8), 2),
+    )
+    norm, _ = spatial_norms()
+
+    @jax.jit
+    @jax.grad
+    def gradients(args):
+        norm, x, z = args
+        return jnp.sum(norm(x, z).astype(jnp.float32) * weights)
+
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (norm, x, z))
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    for got, due in zip(*map(jax.tree.leaves, map(gradients, (half, exact))), strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert distance(got.astype(jnp.float32), due) < 5e-3
+
+
+def test_an_overflow_stays_in_its_group():
+    x = normal((1, 1, 4, 4, 4)).at[..., :2].mul(1e30)
+    y = _layers.GroupNorm(4, 2, 1e-6)(x)
+    due = torch.nn.functional.group_norm(to_torch(x[..., 2:]), 1, eps=1e-6)
+    assert distance(y[..., 2:], from_torch(due)) < 1e-6
+
+
 @pytest.mark.parametrize("size", [(3, 10, 8), (4, 7, 5)])
 def test_second_derivatives_of_norms(size):
     """Against finite differences, in float64."""
     with jax.enable_x64(True):
         norm = _layers.SpatialNorm(4, 3, 2, key=KEY, dtype=jnp.float64)
-        x, z = normal((1, *size, 4), dtype=jnp.float64), normal((1, 2, 5, 4, 3), 1, jnp.float64)
+        x, z = normal((2, *size, 4), dtype=jnp.float64), normal((2, 2, 5, 4, 3), 1, jnp.float64)
         for fn, args in ((norm, (x, z)), (norm.norm_layer, (x,))):
             check = lambda *args, fn=fn: jax.nn.silu(fn(*map(jnp.asarray, args)))  # noqa: E731
             check_grads(check, args, order=2, modes=["rev"])
