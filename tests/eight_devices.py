@@ -270,7 +270,7 @@ parts = st.sampled_from([(1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2), 
     at_once=st.integers(1, 3),
     traced=st.booleans(),
 )
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 def test_any_shape_on_any_mesh(sizes, latents, frames, names, at_once, traced):
     """The same as on one device, or one line that names sizes that would do."""
     x = normal((latents[0], frames, *latents[1:], 1))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import warnings
@@ -358,14 +359,10 @@ def clips_in(root):
 
 def stopped(arguments, destination, how, due, later=0.0):
     """A run's code and stderr: it gets a signal `later` seconds after `due` clips are there."""
-
-    def heed():  # a shell's background job may have been told not to
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
+    # A shell's background job is told to ignore this one, and would hand that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryFile("w+") as words:
-        process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=environment(), stderr=words, preexec_fn=heed
-        )
+        process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stderr=words)
         while process.poll() is None and clips_in(destination) < due:
             time.sleep(0.002)
         time.sleep(later)

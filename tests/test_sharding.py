@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CASES = Path(__file__).with_name("eight_devices.py")
 # Compiling is nearly all of the time.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
+@pytest.mark.timeout(1800)  # some sixty tests
 def test_on_eight_devices():
     command = [sys.executable, "-m", "pytest", "-n", "0", "-rA", "--no-header", str(CASES)]
     environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
