@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "notebooks"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 CACHE = str(ROOT / ".jax_cache")
-# Two minutes on two cores, and three times that on a slow machine.
-CPU_SECONDS = 720
+# Two minutes on two cores.
+CPU_SECONDS = 240
 
 
 def execute(source, target):
