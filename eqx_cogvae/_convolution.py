@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from ._types import at_least_float32
-from ._winograd import winograd_conv
+from ._winograd import winograd_conv, winograd_kernel_gradient
 
 VARIANTS = ("cpu", "default")
 
@@ -28,8 +29,11 @@ HUGE = 2**16
 This and `LARGE` are of a whole array, also where devices hold parts of it.
 """
 
-WIDE = 32
+WIDE = 64
 """Channels from which on, of both, fewer multiplications are worth the sums."""
+
+LONG = 2**30
+"""Multiplications from which on fewer are worth the time that they take to compile."""
 
 partitioned = jax.make_user_context(False)
 """Whether XLA is to cut height and width among devices. Known to JAX's caches."""
@@ -156,20 +160,26 @@ def valid_conv(
         # Summed in its own dtype: cotangents, and copies of the frames, would else be float32.
         return _biased(_taps_as_channels(x, kernel, pads, x.dtype), bias)
 
-    def taps(x, kernel):
-        # XLA's CPU backend has a fast 2D convolution only.
-        frames = x.shape[1] - kernel.shape[0] + 1
-        parts = (_cpu_conv2d(x[:, i : i + frames], tap, 1, pads) for i, tap in enumerate(kernel))
-        return functools.reduce(jnp.add, parts)
-
     def cpu(x, kernel, bias):
-        fewer = kernel.shape[1:3] == (3, 3) and pads == ((1, 1), (1, 1))
-        # Lines up pixels of rows and columns, for which XLA's partitioner would gather them.
-        fewer = fewer and min(kernel.shape[3:]) >= WIDE and not partitioned.value
-        convolved = _winograd_conv if fewer else taps
-        return _biased(convolved(at_least_float32(x), at_least_float32(kernel)), bias)
+        x, kernel = at_least_float32(x), at_least_float32(kernel)
+        if pads == ((1, 1), (1, 1)) and _is_worth_sums(x, kernel):
+            return _biased(_winograd_conv(x, kernel), bias)
+        return _biased(_cpu_conv(x, kernel, 1, pads), bias)
 
     return _per_platform(cpu, direct, x, kernel, bias, variant=variant, derived=derived)
+
+
+def _is_worth_sums(x: Array, kernel: Array) -> bool:
+    """Whether a convolution that keeps the frames' size is one for `winograd_conv`."""
+    b, t, h, w, _ = x.shape
+    frames = b * (t - kernel.shape[0] + 1)
+    # It lines up pixels of rows and columns, for which XLA's partitioner would gather them.
+    return (
+        kernel.shape[1:3] == (3, 3)
+        and min(kernel.shape[3:]) >= WIDE
+        and frames * h * w * kernel.size >= LONG
+        and not partitioned.value
+    )
 
 
 def _taps_as_channels(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> Array:
@@ -226,9 +236,8 @@ def frame_conv(
     """A 2D convolution of every frame."""
 
     def cpu(x, kernel, bias):
-        return _biased(
-            _cpu_conv2d(at_least_float32(x), at_least_float32(kernel), stride, pads), bias
-        )
+        x, kernel = at_least_float32(x), at_least_float32(kernel)
+        return _biased(_cpu_conv(x, kernel[None], stride, pads), bias)
 
     def default(x, kernel, bias):
         return _biased(_conv2d(x, kernel, stride, pads), bias)
@@ -270,7 +279,7 @@ def _phase_conv(x: Array, kernel: Array) -> Array:
 
     b, t, h, w, _ = x.shape
     kernels = [phase for rows in pair(kernel, 0) for phase in pair(rows, 1)]
-    y = _cpu_conv2d(x, jnp.concatenate(kernels, axis=-1), 1, ((1, 1), (1, 1)))
+    y = _cpu_conv(x, jnp.concatenate(kernels, axis=-1)[None], 1, ((1, 1), (1, 1)))
     quads = jnp.split(y, 4, axis=-1)
     shifted = [quads[2 * i + j][:, :, i : i + h, j : j + w] for i in (0, 1) for j in (0, 1)]
     y = jnp.stack(shifted, axis=3).reshape(b, t, h, 2, 2, w, -1)
@@ -308,28 +317,36 @@ def _padded_frames(x: Array, pads: Pads) -> Array:
     return jnp.pad(x.reshape(-1, *x.shape[2:]), [(0, 0), *pads, (0, 0)])
 
 
+def _taps(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    # XLA's CPU backend has a fast 2D convolution only.
+    frames = x.shape[1] - kernel.shape[0] + 1
+    parts = (_conv2d(x[:, i : i + frames], tap, stride, pads) for i, tap in enumerate(kernel))
+    return functools.reduce(jnp.add, parts)
+
+
 def _cpu_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, Any]:
-    return _conv2d(x, kernel, stride, pads), (x, kernel)
+    return _taps(x, kernel, stride, pads), (x, kernel)
 
 
 def _cpu_backward(stride: int, pads: Pads, saved: Any, cotangent: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    (by_x,) = jax.vjp(lambda x: _conv2d(x, kernel, stride, pads), x)[1](cotangent)
+    (by_x,) = jax.vjp(lambda x: _taps(x, kernel, stride, pads), x)[1](cotangent)
     padded = jnp.pad(x, [(0, 0), (0, 0), *pads, (0, 0)])
     if stride > 1:
         padded = _phases(padded, stride)
-    sizes = tuple(-(-size // stride) for size in kernel.shape[:2])
+    taps, *spatial, i, o = kernel.shape
+    rows, columns = sizes = tuple(-(-size // stride) for size in spatial)
     by_phase = _kernel_gradient(padded, cotangent, sizes)
     # A strided kernel is a smaller one over the phases of the frame: (rows, columns, phases, o).
-    split = by_phase.reshape(*sizes, stride, stride, *kernel.shape[2:]).swapaxes(1, 2)
-    merged = split.reshape(sizes[0] * stride, sizes[1] * stride, *kernel.shape[2:])
-    return by_x, merged[: kernel.shape[0], : kernel.shape[1]]
+    split = by_phase.reshape(taps, *sizes, stride, stride, i, o).swapaxes(2, 3)
+    merged = split.reshape(taps, rows * stride, columns * stride, i, o)
+    return by_x, merged[:, : spatial[0], : spatial[1]]
 
 
 # XLA's CPU backend makes of the gradient by the kernel a convolution whose window is the frame,
 # at a tenth of the speed of the products here.
-_cpu_conv2d = jax.custom_vjp(_conv2d, nondiff_argnums=(2, 3))
-_cpu_conv2d.defvjp(_cpu_forward, _cpu_backward)
+_cpu_conv = jax.custom_vjp(_taps, nondiff_argnums=(2, 3))
+_cpu_conv.defvjp(_cpu_forward, _cpu_backward)
 
 
 def _winograd_forward(x: Array, kernel: Array) -> tuple[Array, Any]:
@@ -338,12 +355,10 @@ def _winograd_forward(x: Array, kernel: Array) -> tuple[Array, Any]:
 
 def _winograd_backward(saved: Any, cotangent: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    past, frames = len(kernel) - 1, cotangent.shape[1]
+    past = len(kernel) - 1
     around = jnp.pad(cotangent, [(0, 0), (past, past), (0, 0), (0, 0), (0, 0)])
     by_x = _winograd_conv(around, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4))
-    padded = jnp.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)])
-    taps = [_kernel_gradient(padded[:, i : i + frames], cotangent, (3, 3)) for i in range(past + 1)]
-    return by_x, jnp.stack(taps)
+    return by_x, winograd_kernel_gradient(x, cotangent)
 
 
 _winograd_conv = jax.custom_vjp(winograd_conv)
@@ -358,27 +373,40 @@ def _phases(x: Array, stride: int) -> Array:
     return x.reshape(*x.shape[:4], stride * stride * c)
 
 
-def _kernel_gradient(x: Array, cotangent: Array, sizes: tuple[int, int]) -> Array:
-    """Of a valid convolution of the frames of `x`, by its kernel of `sizes`.
+def _kernel_gradient(x: Array, cotangent: Array, sizes: tuple[int, ...]) -> Array:
+    """Of a valid convolution by its kernel, `(taps, *sizes, i, o)`.
 
     With the rows of a frame end to end, what a tap sees of it is one stretch, so that each tap
-    is a matrix product. Frame by frame, for the stretches to stay in the processor's cache.
+    is a product of matrices. Frame by frame, for the stretches to stay in the processor's cache,
+    and in loops: a product for each tap, written out, takes three times as long to compile.
     """
     (b, t, h, w, o), width, i = cotangent.shape, x.shape[3], x.shape[4]
     rows, columns = sizes
+    taps = x.shape[1] - t + 1
     # What is read past a row's end meets zeros.
     cotangent = jnp.pad(cotangent, [(0, 0)] * 3 + [(0, width - w), (0, 0)])
     length = h * width - columns + 1
-    cotangent = cotangent.reshape(b, t, -1, o)[:, :, :length]
-    starts = [row * width + column for row in range(rows) for column in range(columns)]
-    frames = (x.reshape(b, t, -1, i).swapaxes(0, 1), cotangent.swapaxes(0, 1))
+    x, cotangent = (y.reshape(*y.shape[:2], -1, y.shape[-1]) for y in (x, cotangent))
+    late, down, right = np.indices((taps, rows, columns), np.int32).reshape(3, -1)
+    starts = (late, down * np.int32(width) + right)
 
-    def add_frame(total: Array, frame: tuple[Array, Array]) -> tuple[Array, None]:
-        seen = (lax.slice_in_dim(frame[0], start, start + length, axis=1) for start in starts)
-        return total + jnp.stack([jnp.tensordot(s, frame[1], ((0, 1), (0, 1))) for s in seen]), None
+    def stretch(y: Array, frame: Array, start: Array) -> Array:
+        at = (jnp.zeros_like(frame), frame, start, jnp.zeros_like(frame))
+        seen = lax.dynamic_slice(y, at, (b, 1, length, y.shape[-1]))
+        return seen.reshape(b * length, -1)  # dots over several axes have their operands copied
 
-    total, _ = lax.scan(add_frame, jnp.zeros_like(x, shape=(len(starts), i, o)), frames)
-    return total.reshape(rows, columns, i, o)
+    def add_frame(total: Array, frame: Array) -> tuple[Array, None]:
+        reaching = stretch(cotangent, frame, jnp.zeros_like(frame))
+
+        def product(tap: tuple[Array, Array]) -> Array:
+            seen = stretch(x, frame + tap[0], tap[1])
+            return lax.dot_general(seen, reaching, (((0,), (0,)), ((), ())))
+
+        return total + lax.map(product, starts), None
+
+    total = jnp.zeros_like(x, shape=(late.size, i, o))
+    total, _ = lax.scan(add_frame, total, jnp.arange(t, dtype=jnp.int32))
+    return total.reshape(taps, rows, columns, i, o)
 
 
 __all__ = [

@@ -14,13 +14,16 @@ from jaxtyping import Array, Float
 BAND = 2**24
 """Elements from which on the rows are worked on in bands: the sums are four times as many."""
 
+PIECE = 2**21
+"""Elements that a step of a kernel's gradient sees: what it makes of them stays in the cache."""
+
 
 def winograd_conv(
     x: Float[Array, "b t h w i"], kernel: Float[Array, "kt 3 3 i o"]
 ) -> Float[Array, "b t-kt+1 h w o"]:
     """A 3D convolution, valid in time, with a zero around the frames.
 
-    Has no fast derivative of its own.
+    Has no fast derivative of its own: by `x` it is such a convolution again.
     """
     h, w = x.shape[2:4]
     # Odd sides get one more zero, and give one pixel back.
@@ -29,6 +32,67 @@ def winograd_conv(
     bands = -(-x.size // BAND)
     y = _convolved(x, kernels) if bands == 1 else _by_bands(x, kernels, bands)
     return y[:, :, :h, :w]
+
+
+def winograd_kernel_gradient(
+    x: Float[Array, "b t h w i"], cotangent: Float[Array, "b t2 h w o"]
+) -> Float[Array, "kt 3 3 i o"]:
+    """The derivative of `winograd_conv` by its kernel, with as few multiplications.
+
+    A few frames, or rows of one, after the other, in each of them sixteen products of matrices,
+    over the pixels, of the sums of both. The frames of all taps lie beside each other.
+    """
+    (b, t, h, w, o), i = cotangent.shape, x.shape[4]
+    taps = x.shape[1] - t + 1
+    row = b * (w + 2) * taps * i
+    bands, pairs = _cut(-(-h // 2), PIECE // (2 * row))
+    rows = 2 * pairs
+    steps, frames = _cut(t, PIECE // (rows * row))
+    # What is added to fill the last pieces meets cotangents of zero.
+    late, low = (0, steps * frames - t), bands * rows - h
+    x = jnp.pad(x, [(0, 0), late, (1, 1 + low), (1, 1 + w % 2), (0, 0)])
+    cotangent = jnp.pad(cotangent, [(0, 0), late, (0, low), (0, w % 2), (0, 0)])
+
+    def add(total: Array, step: Array) -> tuple[Array, None]:
+        first, top = step // bands * frames, step % bands * rows
+        start = jnp.zeros_like(first)
+
+        def cut(y: Array, frame: Array, height: int) -> Array:
+            sizes = (b, frames, height, *y.shape[3:])
+            piece = lax.dynamic_slice(y, (start, frame, top, start, start), sizes)
+            return piece.reshape(b * frames, *sizes[2:])
+
+        seen = jnp.concatenate([cut(x, first + i, rows + 2) for i in range(taps)], axis=-1)
+        return total + _products(seen, cut(cotangent, first, rows)), None
+
+    total = jnp.zeros_like(x, shape=(4, 4, taps * i, o))
+    total, _ = lax.scan(add, total, jnp.arange(steps * bands, dtype=jnp.int32))
+    total = total.reshape(4, 4, taps, i, o)
+    kernel = jnp.stack(_to_kernel([jnp.stack(_to_kernel(row)) for row in total]))
+    return jnp.moveaxis(kernel, 2, 0)
+
+
+def _cut(size: int, at_most: int) -> tuple[int, int]:
+    """Into how many pieces, and of what size."""
+    pieces = -(-size // max(1, at_most))
+    return pieces, -(-size // pieces)
+
+
+def _products(x: Array, cotangent: Array) -> Array:
+    """`(4, 4, i, o)`, over all pixels of the frames `(t, h, w, c)` of both."""
+    sums = [_of_pixels(row, 2) for row in _of_pixels(x, 1)]
+    others = [_of_cotangents(row, 2) for row in _of_cotangents(cotangent, 1)]
+    products = [
+        [_over_pixels(*pair) for pair in zip(*row, strict=True)]
+        for row in zip(sums, others, strict=True)
+    ]
+    return jnp.stack([jnp.stack(row) for row in products])
+
+
+def _over_pixels(x: Array, cotangent: Array) -> Array:
+    # As matrices: dots over several axes have their operands copied.
+    x, cotangent = (y.reshape(-1, y.shape[-1]) for y in (x, cotangent))
+    return lax.dot_general(x, cotangent, (((0,), (0,)), ((), ())))
 
 
 def _by_bands(x: Array, kernels: list[list[Array]], bands: int) -> Array:
@@ -75,8 +139,7 @@ def _over_time(x: Array, kernel: Array) -> Array:
 
 def _of_pixels(x: Array, axis: int) -> list[Array]:
     """The four sums along an axis, of every four pixels from each second one on."""
-    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
-    even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+    even, odd = _halves(x, axis)
     (d0, d2), (d1, d3) = (
         (lax.slice_in_dim(half, 0, -1, axis=axis), lax.slice_in_dim(half, 1, None, axis=axis))
         for half in (even, odd)
@@ -84,9 +147,26 @@ def _of_pixels(x: Array, axis: int) -> list[Array]:
     return [d0 - d2, d1 + d2, d2 - d1, d1 - d3]
 
 
+def _of_cotangents(y: Array, axis: int) -> list[Array]:
+    """The transpose of `_of_products`, of every two pixels."""
+    even, odd = _halves(y, axis)
+    return [even, even + odd, even - odd, -odd]
+
+
+def _halves(x: Array, axis: int) -> list[Array]:
+    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+    return [lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1)]
+
+
 def _of_kernel(k: Array, axis: int) -> list[Array]:
     k0, k1, k2 = (lax.index_in_dim(k, i, axis, keepdims=False) for i in range(3))
     return [k0, (k0 + k1 + k2) / 2, (k0 - k1 + k2) / 2, k2]
+
+
+def _to_kernel(m: Sequence[Array] | Array) -> list[Array]:
+    """The transpose of `_of_kernel`."""
+    middle = (m[1] + m[2]) / 2
+    return [m[0] + middle, (m[1] - m[2]) / 2, middle + m[3]]
 
 
 def _of_products(m: Sequence[Array]) -> list[Array]:
@@ -94,4 +174,4 @@ def _of_products(m: Sequence[Array]) -> list[Array]:
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
-__all__ = ["winograd_conv"]
+__all__ = ["winograd_conv", "winograd_kernel_gradient"]
