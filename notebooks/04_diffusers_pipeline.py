@@ -45,6 +45,8 @@ transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
 
+# On a CPU half the time to compile, and about as fast after it: JAX reads it when it first computes.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 
@@ -260,7 +262,7 @@ compare("Video to video", before, after, clip)
 # pixels wide, overlap by a third, and are higher than the frame.
 
 # %%
-batch = torch.cat([z, z.flip(4)])[:, :, :3]  # the scene and its mirror image, nine frames
+batch = torch.cat([z, z.flip(4)])[:, :, :1]  # the scene and its mirror image, a frame of each
 for each in (ours, theirs):
     each.enable_slicing()
 whole = ours.decode(batch).sample
@@ -417,7 +419,7 @@ plt.show()
 # %%
 assert sum(parameter.numel() for parameter in ours.parameters()) == 0
 
-leaf = z[:, :, :1, :4, :4].clone().requires_grad_()
+leaf = z[:, :, :3].clone().requires_grad_()
 loss = ours.decode(leaf).sample.square().mean()
 (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
 try:

@@ -17,9 +17,10 @@
 # %%
 import os
 
-# JAX reads this when it starts, so it comes first.
+# JAX reads this when it starts, so it comes first. On a CPU the second halves the time to compile.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 )
 
 import math
