@@ -282,7 +282,7 @@ assert distance(tiles[0], whole) > 1e-3
 # last, the narrowest ([tiling](03_tiling_and_memory.ipynb) tells why).
 
 # %%
-shown = [np.clip(each[0, :, 4].permute(1, 2, 0) / 2 + 0.5, 0, 1) for each in (whole, tiles[0])]
+shown = [np.clip(each[0, :, 0].permute(1, 2, 0) / 2 + 0.5, 0, 1) for each in (whole, tiles[0])]
 apart = (tiles[0] - whole)[0].abs().mean(dim=(0, 1)) * 127.5
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 1.9))
 for axis, picture, title in zip(axes, [*shown, apart], ["whole", "in tiles", "apart"], strict=True):

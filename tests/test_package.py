@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -54,7 +53,8 @@ def test_import_takes_little_longer_than_its_dependencies():
     for _ in range(REPEATS):
         bare.append(python("import jax, equinox")[1])
         ours.append(python("import eqx_cogvae")[1])
-    assert statistics.median(ours) < 1.5 * statistics.median(bare)
+    # The quickest of each: what else the machine does only adds.
+    assert min(ours) < 1.5 * min(bare)
 
 
 def exported(module):
