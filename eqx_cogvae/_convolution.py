@@ -29,11 +29,14 @@ HUGE = 2**16
 This and `LARGE` are of a whole array, also where devices hold parts of it.
 """
 
-WIDE = 64
+WIDE = 32
 """Channels from which on, of both, fewer multiplications are worth the sums."""
 
-LONG = 2**30
-"""Multiplications from which on fewer are worth the time that they take to compile."""
+LONG = 2**42
+"""Multiplications, times the channels squared, from which on fewer are worth compiling.
+
+Narrow arrays gain less by them: with 32 channels 9 frames of 128x192 are enough, 96x144 are not.
+"""
 
 partitioned = jax.make_user_context(False)
 """Whether XLA is to cut height and width among devices. Known to JAX's caches."""
@@ -172,12 +175,12 @@ def valid_conv(
 def _is_worth_sums(x: Array, kernel: Array) -> bool:
     """Whether a convolution that keeps the frames' size is one for `winograd_conv`."""
     b, t, h, w, _ = x.shape
-    frames = b * (t - kernel.shape[0] + 1)
+    frames, channels = b * (t - kernel.shape[0] + 1), min(kernel.shape[3:])
     # It lines up pixels of rows and columns, for which XLA's partitioner would gather them.
     return (
         kernel.shape[1:3] == (3, 3)
-        and min(kernel.shape[3:]) >= WIDE
-        and frames * h * w * kernel.size >= LONG
+        and channels >= WIDE
+        and frames * h * w * kernel.size * channels**2 >= LONG
         and not partitioned.value
     )
 
