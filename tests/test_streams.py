@@ -177,13 +177,14 @@ def test_a_resumed_array_has_no_remainder():
 
 
 MEMORY = """
-import jax, numpy as np, eqx_cogvae as cv
+import gc, jax, numpy as np, eqx_cogvae as cv
 
 config = cv.Config(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4)
 vae = cv.VAE(config, key=jax.random.key(0))
 frames = (np.zeros((1, 1, 64, 64, 3), np.float32) + i / 2001 for i in range(2001))
 
 def held():
+    gc.collect()  # what waits for it comes and goes, by some 20 MB
     # Without the pages of files, such as libraries' code, which the system takes and brings back.
     with open("/proc/self/statm") as file:
         _, resident, shared, *_ = map(int, file.read().split())
