@@ -15,7 +15,7 @@ BAND = 2**24
 """Elements from which on the rows are worked on in bands: the sums are four times as many."""
 
 PIECE = 2**21
-"""Elements that a step of a kernel's gradient sees: what it makes of them stays in the cache."""
+"""Elements that a step of a kernel's gradient sees: the quickest of 2^18 to 2^22, measured."""
 
 
 def winograd_conv(
