@@ -32,7 +32,8 @@ def main() -> None:
         for clip in options.clips:
             for task in ("decode", "encode"):
                 for way in WAYS:
-                    print(f"| {clip} | {task} | {way} | {_measured(clip, task, way, cache)} |")
+                    row = _measured(clip, task, way, cache)
+                    print(f"| {clip} | {task} | {way} | {row} |", flush=True)
 
 
 def _measured(clip: str, task: str, way: str, cache: str) -> str:

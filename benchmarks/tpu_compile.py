@@ -1,12 +1,14 @@
-"""What the steps need on TPUs that are not there: memory, arithmetic, seconds to compile.
+"""What the steps need on accelerators that are not there: memory, seconds to compile.
 
     pip install "jax[tpu]==<the jax in use>"
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/tpu_compile.py
     ... tpu_compile.py --topology v6e:2x2 --size 768x1360 --steps decode
     ... tpu_compile.py --topology v5e:2x2 --size 768x1360 --mesh 2x2 --steps decode
+    ... tpu_compile.py --topology h200 --size 768x1360
     ... tpu_compile.py --topology cpu --model tiny --size 384x512 --mesh 8x1
 
-Topologies to try are v4:2x2x1, v5e:2x2, v5p:2x2x1 and v6e:2x2; `cpu` is the simulated devices of
+Topologies to try are v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2; h200, a GPU, which needs
+`jax[cuda13]`; and `cpu`, the simulated devices of
 XLA_FLAGS=--xla_force_host_platform_device_count=8. Peak is arguments, temporaries and outputs less
 what they share, of one device. The cache is given away, as `framewise` and `streamed` do.
 """
@@ -21,8 +23,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from topologies import devices
 
 import eqx_cogvae as cv
 
@@ -36,23 +38,17 @@ def main() -> None:
     """Compiles, and prints a row for each program as it is done."""
     options = _options()
     rows, columns = map(int, options.mesh.split("x"))
-    devices = np.array(_devices(options)[: rows * columns]).reshape(rows, columns)
-    mesh = Mesh(devices, ("height", "width"))
+    chips = np.array(devices(options.topology)[: rows * columns]).reshape(rows, columns)
+    mesh = Mesh(chips, ("height", "width"))
     height, width = map(int, options.size.split("x"))
     print(
-        f"{options.model}, {height}x{width}, {options.dtype}, {devices.size} x "
-        f"{devices.flat[0].device_kind}, jax {jax.__version__}, on {platform.machine()}\n"
+        f"{options.model}, {height}x{width}, {options.dtype}, {chips.size} x "
+        f"{chips.flat[0].device_kind}, jax {jax.__version__}, on {platform.machine()}\n"
     )
     print("| program | peak | arguments | temporaries | outputs | shared | compiled in |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for direction in options.steps:
         _steps(direction, options, mesh, (height, width))
-
-
-def _devices(options: argparse.Namespace) -> list[jax.Device]:
-    if options.topology == "cpu":
-        return jax.devices("cpu")
-    return topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
 
 
 def _steps(direction: str, options: argparse.Namespace, mesh: Mesh, size: tuple[int, int]) -> None:

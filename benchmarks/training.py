@@ -1,9 +1,10 @@
-"""What one training step needs on a TPU that is not there, with and without rematerialisation.
+"""What one training step needs where it is not run, with and without rematerialisation.
 
     pip install "jax[tpu]==<the jax in use>"
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/training.py [--frames 17 --size HxW]
+    JAX_PLATFORMS=cpu python benchmarks/training.py --topology h200 --batch 8
 
-The step is that of `eqx_cogvae.training.Trainer` with Adam, one clip, all weights, which are
+The step is that of `eqx_cogvae.training.Trainer` with Adam, all weights, which are
 float32; `--dtype` is what is computed in. XLA's compiler for CPUs undoes rematerialisation, so
 that it shows on an accelerator only.
 """
@@ -16,8 +17,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from topologies import devices
 
 import eqx_cogvae as cv
 from eqx_cogvae import training
@@ -28,11 +29,10 @@ GIB = 2**30
 def main() -> None:
     """Compiles, and prints a row for each program as it is done."""
     options = _options()
-    found = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
-    device = found.devices[0]
+    device = devices(options.topology)[0]
     print(
-        f"{options.model}, {options.frames} frames of {options.size}, {options.dtype}, "
-        f"{device.device_kind}, jax {jax.__version__}\n"
+        f"{options.model}, {options.batch} x {options.frames} frames of {options.size}, "
+        f"{options.dtype}, {device.device_kind}, jax {jax.__version__}\n"
     )
     print("| rematerialised | peak | arguments | temporaries | compiled in |")
     print("|---|---|---|---|---|", flush=True)
@@ -50,7 +50,7 @@ def _row(rematerialise: bool, options: argparse.Namespace, place: Any) -> None:
     is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
     arrays, static = eqx.partition(eqx.filter_eval_shape(trainer.init, vae), is_struct)
     height, width = map(int, options.size.split("x"))
-    shape = (1, options.frames, height, width, config.in_channels)
+    shape = (options.batch, options.frames, height, width, config.in_channels)
     clips = put(jax.ShapeDtypeStruct(shape, jnp.float32))
     key = put(jax.eval_shape(lambda: jax.random.key(0)))
 
@@ -80,6 +80,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="tiny", help="a preset of `Config`")
+    parser.add_argument("--batch", type=int, default=1, help="clips of a step")
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", default="128x192")
     parser.add_argument("--dtype", default="bfloat16")

@@ -2,13 +2,15 @@
 
 The mp4 clips of `--data`, at several sizes and strides in time, are mixed with procedural ones.
 Three stages of larger and larger crops, each of two frame batches, so that steady batches with
-their cache are trained as well as first ones. The state is saved every few
-minutes: a killed run goes on with `--resume`, to the same losses. `--out` then holds `tiny/`,
+their cache are trained as well as first ones. On a GPU take many crops a step and compute in
+bfloat16: `--batch 16 --dtype bfloat16`. The state is saved every few minutes: a killed run goes
+on with `--resume`, to the same losses. `--out` then holds `tiny/`,
 the averaged weights in bfloat16 in diffusers' layout, and `figures.json`, what was measured.
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,14 +34,13 @@ class Stage(NamedTuple):
     share: float
     frames: int
     size: tuple[int, int]
-    batch: int
     heights: tuple[int, ...]
 
 
 STAGES = (
-    Stage(0.80, 17, (64, 64), 1, (128, 192, 256)),
-    Stage(0.16, 17, (96, 128), 1, (128, 192, 256)),
-    Stage(0.04, 17, (128, 192), 1, (128, 160, 224)),
+    Stage(0.80, 17, (64, 64), (128, 192, 256)),
+    Stage(0.16, 17, (96, 128), (128, 160, 192, 224, 256)),
+    Stage(0.04, 17, (128, 192), (128, 160, 224)),
 )
 
 
@@ -48,8 +49,9 @@ def main() -> None:
     options = _options()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    loss = training.ClipLoss(l1=1.0, l2=4.0, gradient=0.2)
-    trainer = training.Trainer(_optimiser(options), loss=loss, decay=0.99)
+    loss = training.ClipLoss(l1=options.l1, l2=4.0, gradient=0.1)
+    dtype = jnp.dtype(options.dtype)
+    trainer = training.Trainer(_optimiser(options), loss=loss, decay=0.99, dtype=dtype)
     state, saved = trainer.init(_start(options)), out / "state.eqx"
     if options.resume and saved.exists():
         state = training.load_state(saved, state)
@@ -59,17 +61,17 @@ def main() -> None:
         stage, stop = _stage(step, options)
         print(f"from step {step} on: {stage}", flush=True)
         for clips in _crops(stage, options).batches(step):
-            state, metrics = trainer.step(state, _recoloured(clips, options.seed, step), key)
-            recent.append(jax.device_get(metrics))
+            state, metrics = trainer.step(state, _varied(clips, options.seed, step), key)
+            recent.append(metrics)
             step += 1
             if step % 50 == 0:
-                _report(step, recent, time.time() - begun)
+                _report(step, jax.device_get(recent), time.time() - begun)
                 recent = []
             if step == stop or time.time() - last > options.save_every:
                 last = time.time()
                 training.save_state(saved, state)
-                _export(state.average, out, options, step)
             if step == stop:
+                _export(state.average, out, options, step)
                 break
 
 
@@ -136,27 +138,35 @@ def _crops(stage: Stage, options: argparse.Namespace) -> training.Crops:
         sources.append(training.Source(clip, weight=0.1 * len(sources)))
     return training.Crops(
         sources,
-        batch=stage.batch,
+        batch=options.batch,
         frames=stage.frames,
         size=stage.size,
         strides=(1, 2, 3),
         seed=options.seed,
+        workers=os.cpu_count() or 2,
     )
 
 
-def _recoloured(clips: np.ndarray, seed: int, step: int) -> np.ndarray:
+def _varied(clips: np.ndarray, seed: int, step: int) -> jax.Array:
     """Half of the clips with their channels in another order, duller and brighter or darker.
 
-    Five videos have few colours; a step's are the same however often the run was resumed.
+    Five videos have few colours. Half run backwards, some are upside down. A step's are the same
+    however often the run was resumed.
     """
-    rng, out = np.random.default_rng((seed, step)), []
-    for clip in clips / np.float32(127.5) - 1:
-        if rng.random() < 0.5:
-            gain = rng.uniform(0.5, 1.0, size=3)
-            room = 1 - gain
-            clip = clip[..., rng.permutation(3)] * gain + rng.uniform(-room, room)
-        out.append(clip)
-    return np.stack(out).astype(np.float32)
+    rng, count = np.random.default_rng((seed, step)), len(clips)
+    recoloured = rng.random((count, 1)) < 0.5
+    order = np.where(recoloured, rng.permuted(np.tile(np.arange(3), (count, 1)), axis=1), range(3))
+    gain = np.where(recoloured, rng.uniform(0.5, 1.0, (count, 3)), 1.0)
+    shift = rng.uniform(-1.0, 1.0, (count, 3)) * (1 - gain)
+    clips = np.stack([clip[:: rng.choice((1, -1)), :: rng.choice((1, 1, -1))] for clip in clips])
+    return _recoloured(clips, order, gain.astype(np.float32), shift.astype(np.float32))
+
+
+@jax.jit
+def _recoloured(clips: jax.Array, order: jax.Array, gain: jax.Array, shift: jax.Array) -> jax.Array:
+    order, gain, shift = (x[:, None, None, None] for x in (order, gain, shift))
+    x = jnp.take_along_axis(clips.astype(jnp.float32) / 127.5 - 1, order, axis=-1)
+    return x * gain + shift
 
 
 def _report(step: int, metrics: list[dict[str, Any]], seconds: float) -> None:
@@ -170,6 +180,7 @@ def _report(step: int, metrics: list[dict[str, Any]], seconds: float) -> None:
 def _export(vae: cv.VAE, out: Path, options: argparse.Namespace, step: int) -> None:
     """The weights, with the factor that brings the latents' deviation to one, and figures."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vae)
+    cv.save_pretrained(half, out / "tiny")  # what follows can take minutes
     vae = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     latents, psnr = [], {}
     for path in _files(options):
@@ -208,6 +219,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--held-out", default="kitten", help="a clip to measure on")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--stages", type=int, nargs="+", default=range(len(STAGES)))
+    parser.add_argument("--batch", type=int, default=1, help="crops of a step")
+    parser.add_argument("--dtype", default="float32", help="what is computed in")
+    parser.add_argument("--l1", type=float, default=1.0, help="weight of the absolute error")
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--save-every", type=float, default=300, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
