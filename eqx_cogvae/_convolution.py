@@ -4,19 +4,18 @@ The only file that asks which platform it is on. Every function takes and return
 arrays; all variants are equal, to rounding.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from ._cpu_convolution import Pads, conv2d, doubling_conv_by_phases, taps_conv
 from ._types import at_least_float32
-from ._winograd import winograd_conv, winograd_kernel_gradient
+from ._winograd import winograd_conv
 
 VARIANTS = ("cpu", "gpu", "default")
 
@@ -40,9 +39,6 @@ Narrow arrays gain less by them: with 32 channels 9 frames of 128x192 are enough
 
 partitioned = jax.make_user_context(False)
 """Whether XLA is to cut height and width among devices. Known to JAX's caches."""
-
-Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
-"""Zeros before and behind, of height and of width."""
 
 
 def _per_platform(
@@ -171,8 +167,8 @@ def valid_conv(
     def cpu(x, kernel, bias):
         x, kernel = at_least_float32(x), at_least_float32(kernel)
         if pads == ((1, 1), (1, 1)) and _is_worth_sums(x, kernel):
-            return _biased(_winograd_conv(x, kernel), bias)
-        return _biased(_cpu_conv(x, kernel, 1, pads), bias)
+            return _biased(winograd_conv(x, kernel), bias)
+        return _biased(taps_conv(x, kernel, 1, pads), bias)
 
     return _per_platform(
         cpu, direct, x, kernel, bias, variant=variant, gpu=rounded, derived=rounded
@@ -247,10 +243,10 @@ def frame_conv(
 
     def cpu(x, kernel, bias):
         x, kernel = at_least_float32(x), at_least_float32(kernel)
-        return _biased(_cpu_conv(x, kernel[None], stride, pads), bias)
+        return _biased(taps_conv(x, kernel[None], stride, pads), bias)
 
     def default(x, kernel, bias):
-        return _biased(_conv2d(x, kernel, stride, pads), bias)
+        return _biased(conv2d(x, kernel, stride, pads), bias)
 
     apply = lambda x: _per_platform(cpu, default, x, kernel, bias, variant=None)  # noqa: E731
     return map_frames(apply, x)
@@ -271,29 +267,13 @@ def doubling_conv(
 
     def doubled(x, kernel, bias):
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return _biased(_conv2d(x, kernel, 1, ((1, 1), (1, 1))), bias)
+        return _biased(conv2d(x, kernel, 1, ((1, 1), (1, 1))), bias)
 
     def phases(x, kernel, bias):
-        return _biased(_phase_conv(at_least_float32(x), at_least_float32(kernel)), bias)
+        return _biased(doubling_conv_by_phases(at_least_float32(x), at_least_float32(kernel)), bias)
 
     apply = lambda x: _per_platform(phases, doubled, x, kernel, bias, variant=variant)  # noqa: E731
     return map_frames(apply, x)
-
-
-def _phase_conv(x: Array, kernel: Array) -> Array:
-    # A large pixel sees two small ones per axis: the even phase the pair that ends at its own
-    # pixel with taps (k0, k1 + k2), the odd phase the pair that begins there, (k0 + k1, k2).
-    def pair(k: Array, axis: int) -> list[Array]:
-        k0, k1, k2 = jnp.split(k, 3, axis)
-        return [jnp.concatenate(p, axis) for p in ((k0, k1 + k2), (k0 + k1, k2))]
-
-    b, t, h, w, _ = x.shape
-    kernels = [phase for rows in pair(kernel, 0) for phase in pair(rows, 1)]
-    y = _cpu_conv(x, jnp.concatenate(kernels, axis=-1)[None], 1, ((1, 1), (1, 1)))
-    quads = jnp.split(y, 4, axis=-1)
-    shifted = [quads[2 * i + j][:, :, i : i + h, j : j + w] for i in (0, 1) for j in (0, 1)]
-    y = jnp.stack(shifted, axis=3).reshape(b, t, h, 2, 2, w, -1)
-    return y.swapaxes(4, 5).reshape(b, t, 2 * h, 2 * w, -1)
 
 
 def pointwise_conv(
@@ -307,116 +287,6 @@ def pointwise_conv(
 def _biased(y: Array, bias: Array) -> Array:
     """Adds the bias in the dtype `y` was summed in, then rounds, once, to the model's."""
     return (y + bias.astype(y.dtype)[None, None, None, None]).astype(bias.dtype)
-
-
-def _conv2d(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
-    b, t, *_ = x.shape
-    # Padded by hand: with padding of its own the gradient by the frames leaves the fast path of
-    # XLA's CPU backend for some shapes, and takes thirty times as long.
-    y = lax.conv_general_dilated(
-        _padded_frames(x, pads),
-        kernel,
-        (stride, stride),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return y.reshape(b, t, *y.shape[1:])
-
-
-def _padded_frames(x: Array, pads: Pads) -> Array:
-    return jnp.pad(x.reshape(-1, *x.shape[2:]), [(0, 0), *pads, (0, 0)])
-
-
-def _taps(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
-    # XLA's CPU backend has a fast 2D convolution only.
-    frames = x.shape[1] - kernel.shape[0] + 1
-    parts = (_conv2d(x[:, i : i + frames], tap, stride, pads) for i, tap in enumerate(kernel))
-    return functools.reduce(jnp.add, parts)
-
-
-def _cpu_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, Any]:
-    return _taps(x, kernel, stride, pads), (x, kernel)
-
-
-def _cpu_backward(stride: int, pads: Pads, saved: Any, cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    (by_x,) = jax.vjp(lambda x: _taps(x, kernel, stride, pads), x)[1](cotangent)
-    padded = jnp.pad(x, [(0, 0), (0, 0), *pads, (0, 0)])
-    if stride > 1:
-        padded = _phases(padded, stride)
-    taps, *spatial, i, o = kernel.shape
-    rows, columns = sizes = tuple(-(-size // stride) for size in spatial)
-    by_phase = _kernel_gradient(padded, cotangent, sizes)
-    # A strided kernel is a smaller one over the phases of the frame: (rows, columns, phases, o).
-    split = by_phase.reshape(taps, *sizes, stride, stride, i, o).swapaxes(2, 3)
-    merged = split.reshape(taps, rows * stride, columns * stride, i, o)
-    return by_x, merged[:, : spatial[0], : spatial[1]]
-
-
-# XLA's CPU backend makes of the gradient by the kernel a convolution whose window is the frame,
-# at a tenth of the speed of the products here.
-_cpu_conv = jax.custom_vjp(_taps, nondiff_argnums=(2, 3))
-_cpu_conv.defvjp(_cpu_forward, _cpu_backward)
-
-
-def _winograd_forward(x: Array, kernel: Array) -> tuple[Array, Any]:
-    return winograd_conv(x, kernel), (x, kernel)
-
-
-def _winograd_backward(saved: Any, cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    past = len(kernel) - 1
-    around = jnp.pad(cotangent, [(0, 0), (past, past), (0, 0), (0, 0), (0, 0)])
-    by_x = _winograd_conv(around, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4))
-    return by_x, winograd_kernel_gradient(x, cotangent)
-
-
-_winograd_conv = jax.custom_vjp(winograd_conv)
-_winograd_conv.defvjp(_winograd_forward, _winograd_backward)
-
-
-def _phases(x: Array, stride: int) -> Array:
-    """Each `stride` x `stride` square of pixels as one of so many more channels."""
-    b, t, h, w, c = x.shape
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, -h % stride), (0, -w % stride), (0, 0)])
-    x = x.reshape(b, t, -(-h // stride), stride, -(-w // stride), stride, c).swapaxes(3, 4)
-    return x.reshape(*x.shape[:4], stride * stride * c)
-
-
-def _kernel_gradient(x: Array, cotangent: Array, sizes: tuple[int, ...]) -> Array:
-    """Of a valid convolution by its kernel, `(taps, *sizes, i, o)`.
-
-    With the rows of a frame end to end, what a tap sees of it is one stretch, so that each tap
-    is a product of matrices. Frame by frame, for the stretches to stay in the processor's cache,
-    and in loops: a product for each tap, written out, takes three times as long to compile.
-    """
-    (b, t, h, w, o), width, i = cotangent.shape, x.shape[3], x.shape[4]
-    rows, columns = sizes
-    taps = x.shape[1] - t + 1
-    # What is read past a row's end meets zeros.
-    cotangent = jnp.pad(cotangent, [(0, 0)] * 3 + [(0, width - w), (0, 0)])
-    length = h * width - columns + 1
-    x, cotangent = (y.reshape(*y.shape[:2], -1, y.shape[-1]) for y in (x, cotangent))
-    late, down, right = np.indices((taps, rows, columns), np.int32).reshape(3, -1)
-    starts = (late, down * np.int32(width) + right)
-
-    def stretch(y: Array, frame: Array, start: Array) -> Array:
-        at = (jnp.zeros_like(frame), frame, start, jnp.zeros_like(frame))
-        seen = lax.dynamic_slice(y, at, (b, 1, length, y.shape[-1]))
-        return seen.reshape(b * length, -1)  # dots over several axes have their operands copied
-
-    def add_frame(total: Array, frame: Array) -> tuple[Array, None]:
-        reaching = stretch(cotangent, frame, jnp.zeros_like(frame))
-
-        def product(tap: tuple[Array, Array]) -> Array:
-            seen = stretch(x, frame + tap[0], tap[1])
-            return lax.dot_general(seen, reaching, (((0,), (0,)), ((), ())))
-
-        return total + lax.map(product, starts), None
-
-    total = jnp.zeros_like(x, shape=(late.size, i, o))
-    total, _ = lax.scan(add_frame, total, jnp.arange(t, dtype=jnp.int32))
-    return total.reshape(taps, rows, columns, i, o)
 
 
 __all__ = [

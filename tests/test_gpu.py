@@ -105,13 +105,15 @@ def test_memory_is_shared():
 
 def test_torch_waits_for_jax_and_jax_for_torch():
     """Each runs ahead of its GPU: what crosses must be computed before it is read."""
-    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x @ x / 45), x))
-    for seed in range(5):
-        a = noise(2048, 2048, seed=seed)
+    turn = lambda _, xw: (jnp.tanh(xw[0] @ xw[1] / 30), xw[1])  # noqa: E731
+    slow = jax.jit(lambda x, w: jax.lax.fori_loop(0, 200, turn, (x, w))[0])
+    w = noise(2048, 2048)
+    for seed in range(1, 6):
+        x = noise(2048, 2048, seed=seed)
         for _ in range(50):
-            a = torch.tanh(a @ a / 45)
-        got = to_torch(slow(to_jax(a))) * 2
-        due = jax.device_get(slow(jnp.asarray(a.cpu().numpy()))) * 2
+            x = torch.tanh(x @ w / 30)
+        got = to_torch(slow(to_jax(x), to_jax(w))) * 2
+        due = jax.device_get(slow(jnp.asarray(x.cpu().numpy()), to_jax(w))) * 2
         assert distance(got.cpu(), due) < 1e-6
 
 
