@@ -1,9 +1,9 @@
 """Memory and seconds on a GPU beside diffusers, each in a process of its own.
 
-    python benchmarks/gpu.py [--model CogVideoX-5b] [--clips 49x480x720 81x768x1360]
+    python benchmarks/gpu.py [--model CogVideoX-5b] [--clips 49x480x720 81x768x1360] [--ways ...]
 
-For every clip decode and encode in bfloat16, three ways: eqx_cogvae, diffusers, and diffusers by
-torch.compile. Prints the first call's seconds (for us without and with what the persistent
+For every clip decode and encode noise in bfloat16, three ways: eqx_cogvae, diffusers, and diffusers
+by torch.compile. Prints the first call's seconds (for us without and with what the persistent
 compilation cache holds), the median of the next ones, and the peak of the allocator.
 """
 
@@ -31,19 +31,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         for clip in options.clips:
             for task in ("decode", "encode"):
-                for way in WAYS:
-                    row = _measured(clip, task, way, cache)
+                for way in options.ways:
+                    row = _measured(clip, task, way, cache, options)
                     print(f"| {clip} | {task} | {way} | {row} |", flush=True)
 
 
-def _measured(clip: str, task: str, way: str, cache: str) -> str:
-    options = [sys.executable, __file__, "--child", way, "--clips", clip, "--task", task]
+def _measured(clip: str, task: str, way: str, cache: str, options: argparse.Namespace) -> str:
+    same = ["--model", options.model, "--repeats", str(options.repeats)]
+    child = [sys.executable, __file__, "--child", way, "--clips", clip, "--task", task, *same]
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": cache,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    done = subprocess.run(options, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(child, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"{(done.stderr.strip() or 'failed').splitlines()[-1][:60]} | | "
     result = json.loads(done.stdout.splitlines()[-1])
@@ -74,11 +75,12 @@ def _ours(
     vae = cv.VAE(config, key=jax.random.key(0), dtype=jnp.bfloat16)
     cell = config.spatial_compression
     if options.task == "encode":
-        x = jnp.zeros((1, frames, height, width, config.in_channels), jnp.bfloat16)
+        shape = (1, frames, height, width, config.in_channels)
+        x = jnp.tanh(jax.random.normal(jax.random.key(1), shape, jnp.bfloat16))
         call = lambda: jax.block_until_ready(vae.encode(x).mean)  # noqa: E731
     else:
         cells = (1, config.latent_frames(frames), height // cell, width // cell)
-        z = jnp.zeros((*cells, config.latent_channels), jnp.bfloat16)
+        z = jax.random.normal(jax.random.key(1), (*cells, config.latent_channels), jnp.bfloat16)
         call = lambda: jax.block_until_ready(vae.decode(z))  # noqa: E731
     device = jax.devices()[0]
     return call, lambda: (device.memory_stats() or {})["peak_bytes_in_use"]
@@ -101,7 +103,8 @@ def _theirs(
         cells = (config.latent_frames(frames), height // cell, width // cell)
         fn, shape = model.decode, (1, config.latent_channels, *cells)
     fn = torch.compile(fn) if options.child == "torch.compile" else fn
-    x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    x = x.tanh() if options.task == "encode" else x
 
     def call():
         with torch.no_grad():
@@ -117,6 +120,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="CogVideoX-5b", help="a preset of `Config`")
     parser.add_argument("--clips", nargs="+", default=["49x480x720", "81x768x1360"])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--task", default="decode", help=argparse.SUPPRESS)

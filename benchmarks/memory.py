@@ -4,7 +4,8 @@
     python benchmarks/memory.py --gradients --model tiny --size 64x96 --dtype float32
 
 Needs no weights, and with `--topology` no TPU either: `pip install "jax[tpu]"` at the version of
-jax, and set `JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1`. Prints a table for the documentation.
+jax, and set `JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1`; nor a GPU, with `--topology h200` and
+`jax[cuda13]`. Prints a table for the documentation.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+from topologies import devices
 
 import eqx_cogvae as cv
 
@@ -29,8 +30,7 @@ def main() -> None:
     )
     device = jax.devices()[0]
     if options.topology:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
-        device = found.devices[0]
+        device = devices(options.topology)[0]
     height, width = map(int, options.size.split("x"))
     if options.gradients:
         return _gradients(vae, device, height, width)

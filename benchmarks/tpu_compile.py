@@ -38,7 +38,10 @@ def main() -> None:
     """Compiles, and prints a row for each program as it is done."""
     options = _options()
     rows, columns = map(int, options.mesh.split("x"))
-    chips = np.array(devices(options.topology)[: rows * columns]).reshape(rows, columns)
+    found = devices(options.topology)
+    if len(found) < rows * columns:
+        raise SystemExit(f"{options.topology} has {len(found)} devices, too few for {options.mesh}")
+    chips = np.array(found[: rows * columns]).reshape(rows, columns)
     mesh = Mesh(chips, ("height", "width"))
     height, width = map(int, options.size.split("x"))
     print(

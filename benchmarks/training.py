@@ -4,9 +4,9 @@
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/training.py [--frames 17 --size HxW]
     JAX_PLATFORMS=cpu python benchmarks/training.py --topology h200 --batch 8
 
-The step is that of `eqx_cogvae.training.Trainer` with Adam, all weights, which are
-float32; `--dtype` is what is computed in. XLA's compiler for CPUs undoes rematerialisation, so
-that it shows on an accelerator only.
+The H200 needs `jax[cuda13]`. The step is that of `eqx_cogvae.training.Trainer` with Adam, of all
+weights; these are float32, and `--dtype` is what is computed in. XLA's compiler for CPUs undoes
+rematerialisation, so that it shows on an accelerator only.
 """
 
 import argparse

@@ -23,9 +23,9 @@ LARGE = 2**24
 """Elements from which on an array is worked on frame by frame."""
 
 HUGE = 2**16
-"""Pixels of a frame from which on it is convolved tap by tap, and kept in order, to save memory.
+"""Pixels of a frame from which on it is kept in order, and on TPUs convolved tap by tap.
 
-This and `LARGE` are of a whole array, also where devices hold parts of it.
+Both save memory on TPUs. This and `LARGE` are of a whole array, also where devices hold parts.
 """
 
 WIDE = 32
@@ -51,14 +51,14 @@ def _per_platform(
 ) -> Array:
     """Calls the one for the platform that the program is compiled for.
 
-    `gpu` None is `default`; `derived` is the function that stands in for `default` where
-    derivatives are taken.
+    `gpu` None is `default`; `derived` is the function that stands in for `default`, and for it
+    on GPUs, where derivatives are taken.
 
     Derivatives are chosen anew in the backward pass. Left to JAX, the choice would come there
     as a value from the forward pass, and XLA would keep both branches: ten times as slow. The
     price is forward-mode differentiation.
     """
-    gpu = gpu or default
+    gpu, gpu_derived = gpu or default, gpu or derived or default
     if variant is not None:
         return {"cpu": cpu, "gpu": gpu, "default": default}[variant](*args)
 
@@ -75,7 +75,7 @@ def _per_platform(
         return chosen(*args), args
 
     def backward(args, cotangent):
-        by_cpu, by_gpu, by_default = (pullback(fn) for fn in (cpu, gpu, derived or default))
+        by_cpu, by_gpu, by_default = (pullback(fn) for fn in (cpu, gpu_derived, derived or default))
         with partitioned(here):
             return lax.platform_dependent(
                 cotangent, *args, cpu=by_cpu, cuda=by_gpu, rocm=by_gpu, default=by_default
@@ -160,8 +160,8 @@ def valid_conv(
         return _biased(convolved(x, kernel, pads, _accumulator(x)), bias)
 
     def rounded(x, kernel, bias):
-        # As GPUs do it: their tensor cores sum in float32, and take twice the time to write it.
-        # As derivatives do: cotangents, and copies of the frames, would else be float32.
+        # On GPUs, whose tensor cores sum in float32 anyhow: to write that takes 1.8 times as long.
+        # In derivatives: cotangents, and copies of the frames, would else be float32.
         return _biased(_taps_as_channels(x, kernel, pads, x.dtype), bias)
 
     def cpu(x, kernel, bias):
@@ -192,7 +192,7 @@ def _taps_as_channels(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> 
     """One 2D convolution of frames that hold the channels of all the frames a tap would see.
 
     XLA for TPUs compiles it several times as fast as one in 3D or one for each tap; on an H200
-    it takes four fifths of the time of either.
+    it takes 0.78 to 0.9 of the time of either, in bfloat16.
     """
     (taps, *_, i, o), b = kernel.shape, x.shape[0]
     frames = x.shape[1] - taps + 1
@@ -285,7 +285,7 @@ def pointwise_conv(
 
 
 def _biased(y: Array, bias: Array) -> Array:
-    """Adds the bias in the dtype `y` was summed in, then rounds, once, to the model's."""
+    """Adds the bias in the dtype of `y`, then rounds to the model's."""
     return (y + bias.astype(y.dtype)[None, None, None, None]).astype(bias.dtype)
 
 

@@ -1,6 +1,7 @@
 """Convolutions as XLA's CPU backend is fast at them, and their gradients.
 
-It has a fast convolution in 2D only, and a slow gradient by the kernel.
+It has a fast convolution in 2D only, and a slow gradient by the kernel. Other platforms use
+`conv2d` as well.
 """
 
 import functools

@@ -67,7 +67,8 @@ def error(latents, vae, target, checkpoint):
 
 # %% [markdown]
 # `jax.vjp` returns the backward pass as a function that holds what it needs, and `jax.eval_shape`
-# says how large that is without computing it. Of 65 frames, which are eight frame batches:
+# says how large that is without computing it. The peak is this, and what one frame batch computes
+# of its own. Of 65 frames, which are eight frame batches:
 
 # %%
 long = jnp.asarray(video.procedural_clip(65, 24, 32, seed=0))
@@ -94,9 +95,9 @@ plt.show()
 assert memory["checkpointed"] < memory["as it is"] / 3
 
 # %% [markdown]
-# Compiled once, the backward pass turns any gradient by pixels into one by latents. Is it right? By
-# the gradient of an error, here of 17 frames, a small step along it must change that error as
-# much as it says.
+# Compiled once, forward and backward, `pull` turns any gradient by pixels into one by latents. Is it
+# right? A small step along the gradient of an error, here the mean square over 17 frames, must change
+# that error by as much as the gradient says.
 
 
 # %%
@@ -108,17 +109,17 @@ def pull(by_pixel, latents, vae):
 
 
 moving = jnp.asarray(video.procedural_clip(17, 40, 56, seed=0))
-latents = vae.encode(moving).mode()
+whole_latents = vae.encode(moving).mode()
 
 
 def squares(decoded):
     return jnp.mean((decoded - moving) ** 2)
 
 
-slope = pull(jax.grad(squares)(vae.decode(latents)), latents, vae)
-step = 0.1 * slope / jnp.linalg.norm(slope)
-change = squares(vae.decode(latents + step)) - squares(vae.decode(latents - step))
-said = 2 * jnp.sum(slope * step)
+along = pull(jax.grad(squares)(vae.decode(whole_latents)), whole_latents, vae)
+small = 0.1 * along / jnp.linalg.norm(along)
+change = squares(vae.decode(whole_latents + small)) - squares(vae.decode(whole_latents - small))
+said = 2 * jnp.sum(along * small)
 print(f"the error changes by {change:.2e}, the gradient says {said:.2e}")
 assert abs(change - said) < 0.02 * abs(said)
 
@@ -236,7 +237,7 @@ assert rms(after, seen) < rms(whole, seen)
 #
 # Any wish that can be written in pixels has a gradient by latents. A sampler of a diffusion model
 # takes a small step along it between two of its own, and so draws what is wished for. Here the wish
-# is more red, in the left half of the picture.
+# is more red, in the left half of all 17 frames.
 
 
 # %%
@@ -248,7 +249,7 @@ def redness(decoded, where):
     return jnp.sum(red * where) / jnp.sum(jnp.broadcast_to(where, red.shape))
 
 
-guided, slopes = latents, []
+guided, slopes = whole_latents, []
 for _ in range(4):
     by_pixel = jax.grad(redness)(vae.decode(guided), left)
     slopes.append(pull(by_pixel, guided, vae))
@@ -260,7 +261,7 @@ for _ in range(4):
 # by pixels around it, and norms see all of the frame.
 
 # %%
-plain, red = vae.decode(latents), vae.decode(guided)
+plain, red = vae.decode(whole_latents), vae.decode(guided)
 felt = np.linalg.norm(slopes[0][0], axis=(0, 3))
 changed = np.sqrt(np.mean((np.asarray(red) - plain)[0] ** 2, axis=(0, 3)))
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.7))
@@ -273,7 +274,7 @@ middle = changed.shape[1] // 2
 assert changed[:, :middle].mean() > 2 * changed[:, middle:].mean()
 
 # %% [markdown]
-# The clip as it was decoded, and with the wish.
+# The 17 frames as they were decoded, and with the wish.
 
 # %%
 print(f"redness on the left {redness(plain, left):.3f}, then {redness(red, left):.3f}")
@@ -297,7 +298,7 @@ strip({"decoded": plain, "more red": red})
 # ## What to take away
 #
 # - `jax.grad` goes through `cv.framewise`, and `eqx.filter_checkpoint` around the step bounds its
-#   memory without a change to the gradient.
+#   memory.
 # - What pixels do not determine, a prior must.
 # - A wish in pixels is a step in latents.
 #

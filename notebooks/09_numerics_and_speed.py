@@ -302,7 +302,7 @@ for ours, other in zip(off["bfloat16", "ours"], off["bfloat16", "diffusers"], st
 # In float32 both are at the seventh digit, and which is nearer depends on the weights and the clip.
 # In bfloat16 both are at the third, and ours is no further off, give or take a fifth: it takes the
 # moments of its norms and the sums of its convolutions in float32, and rounds once, after the
-# activation.
+# activation. (On a GPU convolutions are rounded before their bias is added, too.)
 #
 # Does a third digit show? Not in the pictures. The map on the right has the difference, in
 # grey levels of 255.

@@ -71,8 +71,8 @@ def main() -> None:
                 last = time.time()
                 training.save_state(saved, state)
             if step == stop:
-                _export(state.average, out, options, step)
                 break
+    _export(state.average, out, options, int(state.step))
 
 
 def _start(options: argparse.Namespace) -> cv.VAE:
@@ -148,10 +148,10 @@ def _crops(stage: Stage, options: argparse.Namespace) -> training.Crops:
 
 
 def _varied(clips: np.ndarray, seed: int, step: int) -> jax.Array:
-    """Half of the clips with their channels in another order, duller and brighter or darker.
+    """Half of the clips recoloured, half run backwards, a third upside down: five videos are few.
 
-    Five videos have few colours. Half run backwards, some are upside down. A step's are the same
-    however often the run was resumed.
+    Recoloured are those with their channels in another order, duller and brighter or darker. A
+    step's are the same however often the run was resumed.
     """
     rng, count = np.random.default_rng((seed, step)), len(clips)
     recoloured = rng.random((count, 1)) < 0.5
@@ -180,7 +180,6 @@ def _report(step: int, metrics: list[dict[str, Any]], seconds: float) -> None:
 def _export(vae: cv.VAE, out: Path, options: argparse.Namespace, step: int) -> None:
     """The weights, with the factor that brings the latents' deviation to one, and figures."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vae)
-    cv.save_pretrained(half, out / "tiny")  # what follows can take minutes
     vae = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     latents, psnr = [], {}
     for path in _files(options):

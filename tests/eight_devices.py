@@ -199,12 +199,16 @@ def test_gradients_of_a_norm_gather_nothing():
     check(gradients(cut).lower(on_mesh).compile(), (on_mesh,), due)
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_other_platforms_lowering(large, vae, monkeypatch):
+@pytest.mark.parametrize(
+    ("platform", "large"), [("default", False), ("default", True), ("gpu", True)]
+)
+def test_other_platforms_lowering(platform, large, vae, monkeypatch):
     """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one."""
-    monkeypatch.setattr(
-        _convolution, "_per_platform", lambda cpu, default, *args, **_: default(*args)
-    )
+
+    def chosen(cpu, default, *args, gpu=None, **_):
+        return (gpu or default)(*args) if platform == "gpu" else default(*args)
+
+    monkeypatch.setattr(_convolution, "_per_platform", chosen)
     if large:
         monkeypatch.setattr(_convolution, "LARGE", 0)
         monkeypatch.setattr(_convolution, "HUGE", 0)

@@ -5,6 +5,7 @@ python -m pytest tests/test_gpu.py
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from reference import distance, reference
@@ -105,16 +106,19 @@ def test_memory_is_shared():
 
 def test_torch_waits_for_jax_and_jax_for_torch():
     """Each runs ahead of its GPU: what crosses must be computed before it is read."""
-    turn = lambda _, xw: (jnp.tanh(xw[0] @ xw[1] / 30), xw[1])  # noqa: E731
-    slow = jax.jit(lambda x, w: jax.lax.fori_loop(0, 200, turn, (x, w))[0])
-    w = noise(2048, 2048)
+    w = noise(2048, 2048) / 90  # small enough for a turn to forget what rounding did before it
+
+    @jax.jit
+    def slow(x, w):
+        return jax.lax.fori_loop(0, 200, lambda _, y: jnp.tanh(x + y @ w), x)
+
     for seed in range(1, 6):
-        x = noise(2048, 2048, seed=seed)
+        x = y = noise(2048, 2048, seed=seed)
         for _ in range(50):
-            x = torch.tanh(x @ w / 30)
-        got = to_torch(slow(to_jax(x), to_jax(w))) * 2
-        due = jax.device_get(slow(jnp.asarray(x.cpu().numpy()), to_jax(w))) * 2
-        assert distance(got.cpu(), due) < 1e-6
+            y = torch.tanh(x + y @ w)
+        got = to_torch(slow(to_jax(y), to_jax(w))) * 2
+        due = jax.device_get(slow(jnp.asarray(y.cpu().numpy()), to_jax(w))) * 2
+        assert distance(got.cpu(), due) < 1e-5
 
 
 def test_it_moves_between_devices(folder):
@@ -130,9 +134,8 @@ def test_it_moves_between_devices(folder):
     assert apart(calls(vae.to("cuda"))[1], due) < 1e-6
 
 
-def test_a_jax_user_without_torch(folder):
+def test_streamed_is_the_whole(folder):
     vae = cv.from_pretrained(folder)
     z = jax.random.normal(jax.random.key(0), (1, 5, HEIGHT // 8, WIDTH // 8, 16))
-    whole = vae.decode(z)
-    streamed = cv.framewise(vae.decode_step, 2)(z)
-    assert distance(streamed, whole) < 1e-6
+    pieces = [jax.device_get(piece) for piece in cv.streamed(vae.decode_step, 2)(z)]
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), vae.decode(z))

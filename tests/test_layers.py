@@ -78,6 +78,16 @@ def test_fewer_multiplications_make_the_same_convolution(size, taps, pieces, mon
         assert distance(ours, other) < 1e-6
 
 
+def test_every_lowering_rounds_half_precision_alike():
+    """On a GPU before the bias is added and after it, elsewhere after it only."""
+    args = normal((2, 4, 6, 7, 16)), normal((3, 3, 3, 16, 5), 1), normal((5,), 2)
+    half = [x.astype(jnp.bfloat16) for x in args]
+    due, _ = _convolution.causal_conv(*(x.astype(jnp.float32) for x in half), variant="cpu")
+    for lowered, _ in variants(_convolution.causal_conv, *half):
+        assert lowered.dtype == jnp.bfloat16
+        assert distance(lowered.astype(jnp.float32), due) < 3e-3
+
+
 def test_every_lowering_of_a_doubling_convolution_agrees():
     x, kernel, bias = normal((2, 3, 5, 4, 6)), normal((3, 3, 6, 7), 1), normal((7,), 2)
     cpu, *others = variants(_convolution.doubling_conv, x, kernel, bias)
