@@ -26,7 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 8,
         "sample_height": 128,
         "sample_width": 192,
-        "scaling_factor": 0.2998,
+        "scaling_factor": 0.2729,
     },
 }
 

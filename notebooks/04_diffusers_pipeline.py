@@ -98,7 +98,7 @@ def distance(got, due):
     return float((got.double() - due.double()).norm() / due.double().norm())
 
 
-clip = video.procedural_clip(17, 96, 144, seed=100)  # (b, t, h, w, c)
+clip = video.procedural_clip(9, 96, 144, seed=100)  # (b, t, h, w, c)
 x = to_torch(jnp.asarray(clip))  # (b, c, t, h, w)
 
 with torch.no_grad():
@@ -127,7 +127,7 @@ for name, pair in {
 # that there is something to see, a callback pulls its latents towards those of a clip we know.
 
 # %%
-HEIGHT, WIDTH, FRAMES = 96, 144, 17
+HEIGHT, WIDTH, FRAMES = 96, 144, 9
 PROMPT = "a disc and slab drift over hills"
 channels, cell = vae.config.latent_channels, vae.config.spatial_compression
 
@@ -381,16 +381,16 @@ print(f"{sum(leaf.nbytes for leaf in jax.tree.leaves(vae)) / 1e6:.1f} MB of weig
 # ## Gradients
 #
 # They flow through `encode` and `decode` to the input, as torch's autograd has it, so that a guided
-# pipeline keeps working. Here we ask which latents the middle of the ninth frame depends on. Bright
+# pipeline keeps working. Here we ask which latents the middle of the last frame depends on. Bright
 # cells matter most; the two maps should be one.
 
 # %%
-MIDDLE = (..., -1, slice(40, 56), slice(60, 84))  # of the last frame of nine
+MIDDLE = (..., -1, slice(40, 56), slice(60, 84))  # of the last frame
 
 
 def sensitivity(model):
     """How the brightness of the middle changes with each latent."""
-    leaf = z[:, :, :3].clone().requires_grad_()
+    leaf = z.clone().requires_grad_()
     loss = model.decode(leaf).sample[MIDDLE].square().mean()
     return torch.autograd.grad(loss, leaf)[0]
 
@@ -419,7 +419,7 @@ plt.show()
 # %%
 assert sum(parameter.numel() for parameter in ours.parameters()) == 0
 
-leaf = z[:, :, :3].clone().requires_grad_()
+leaf = z.clone().requires_grad_()
 loss = ours.decode(leaf).sample.square().mean()
 (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
 try:
