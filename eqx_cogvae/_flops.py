@@ -39,8 +39,9 @@ def _of_convolution(equation: Any) -> int:
 def _of_branches(params: dict[str, Any], platform: str) -> int:
     counts = [flops(branch, platform) for branch in params["branches"]]
     platforms = params.get("branches_platforms") or ()
+    called = {"gpu": {"cuda", "rocm"}}.get(platform, {platform})  # devices of both are "gpu"
     for count, names in zip(counts, platforms, strict=False):
-        if names is None or platform in names:
+        if names is None or called & set(names):
             return count
     return max(counts)
 

@@ -128,6 +128,12 @@ def test_arithmetic_is_that_of_the_compiler(frames, vae, monkeypatch):
     assert _flops.flops(in_loops.jaxpr, "cpu") == count
 
 
+def test_arithmetic_is_that_of_the_platform():
+    branches = {"cuda": lambda x: x @ x, "default": lambda x: x}
+    program = jax.make_jaxpr(lambda x: jax.lax.platform_dependent(x, **branches))(jnp.ones((4, 4)))
+    assert [_flops.flops(program, name) for name in ("cpu", "gpu", "tpu")] == [0, 2 * 4**3, 0]
+
+
 def test_arithmetic_grows_with_the_video(vae, plan):
     decode = named(plan.decode)
     assert decode["sliced"].flop == decode["whole"].flop
