@@ -19,17 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eqx_cogvae import _convolution
+
+PADS = ((1, 1), (1, 1))
 SHAPES = ["8x480x720x128x128", "8x240x360x256x256", "4x120x180x512x512", "2x60x90x512x512"]
 
 
 def in_3d(x: jax.Array, kernel: jax.Array, total: str) -> jax.Array:
     """One convolution in 3D."""
-    pads = ((0, 0), (1, 1), (1, 1))
     return lax.conv_general_dilated(
         x,
         kernel,
         (1, 1, 1),
-        pads,
+        ((0, 0), *PADS),
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         preferred_element_type=total,
     )
@@ -38,27 +40,17 @@ def in_3d(x: jax.Array, kernel: jax.Array, total: str) -> jax.Array:
 def by_tap(x: jax.Array, kernel: jax.Array, total: str) -> jax.Array:
     """A sum of convolutions in 2D."""
     frames = x.shape[1] - 2
-    return sum(_in_2d(x[:, tap : tap + frames], kernel[tap], total) for tap in range(3))
+
+    def of_tap(tap: int) -> jax.Array:
+        seen = x[:, tap : tap + frames].reshape(-1, *x.shape[2:])
+        return _convolution._summed_conv2d(seen, kernel[tap], PADS, total)
+
+    return sum(map(of_tap, range(3)), jnp.zeros((), total)).reshape(1, frames, *x.shape[2:4], -1)
 
 
 def as_channels(x: jax.Array, kernel: jax.Array, total: str) -> jax.Array:
-    """One convolution in 2D, with the taps' frames side by side."""
-    frames = x.shape[1] - 2
-    seen = jnp.concatenate([x[:, tap : tap + frames] for tap in range(3)], axis=-1)
-    wide = jnp.moveaxis(kernel, 0, 2).reshape(3, 3, -1, kernel.shape[-1])
-    return _in_2d(seen, wide, total)
-
-
-def _in_2d(x: jax.Array, kernel: jax.Array, total: str) -> jax.Array:
-    y = lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[2:]),
-        kernel,
-        (1, 1),
-        ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=total,
-    )
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+    """One convolution in 2D, with the taps' frames side by side: ours."""
+    return _convolution._taps_as_channels(x, kernel, PADS, total)
 
 
 WAYS = {"in 3D": in_3d, "by tap": by_tap, "as channels": as_channels}

@@ -46,21 +46,19 @@ def _per_platform(
     default: Callable,
     *args: Array,
     variant: str | None,
-    gpu: Callable | None = None,
-    derived: Callable | None = None,
+    rounded: Callable | None = None,
 ) -> Array:
     """Calls the one for the platform that the program is compiled for.
 
-    `gpu` None is `default`; `derived` is the function that stands in for `default`, and for it
-    on GPUs, where derivatives are taken.
+    `rounded` stands in for `default` on GPUs, and wherever derivatives are taken.
 
     Derivatives are chosen anew in the backward pass. Left to JAX, the choice would come there
     as a value from the forward pass, and XLA would keep both branches: ten times as slow. The
     price is forward-mode differentiation.
     """
-    gpu, gpu_derived = gpu or default, gpu or derived or default
+    rounded = rounded or default
     if variant is not None:
-        return {"cpu": cpu, "gpu": gpu, "default": default}[variant](*args)
+        return {"cpu": cpu, "gpu": rounded, "default": default}[variant](*args)
 
     def pullback(fn: Callable) -> Callable:
         return lambda cotangent, *args: jax.vjp(fn, *args)[1](cotangent)
@@ -69,16 +67,15 @@ def _per_platform(
 
     @jax.custom_vjp
     def chosen(*args):
-        return lax.platform_dependent(*args, cpu=cpu, cuda=gpu, rocm=gpu, default=default)
+        return lax.platform_dependent(*args, cpu=cpu, cuda=rounded, rocm=rounded, default=default)
 
     def forward(*args):
         return chosen(*args), args
 
     def backward(args, cotangent):
-        by_cpu, by_gpu, by_default = (pullback(fn) for fn in (cpu, gpu_derived, derived or default))
         with partitioned(here):
             return lax.platform_dependent(
-                cotangent, *args, cpu=by_cpu, cuda=by_gpu, rocm=by_gpu, default=by_default
+                cotangent, *args, cpu=pullback(cpu), default=pullback(rounded)
             )
 
     chosen.defvjp(forward, backward)
@@ -170,9 +167,7 @@ def valid_conv(
             return _biased(winograd_conv(x, kernel), bias)
         return _biased(taps_conv(x, kernel, 1, pads), bias)
 
-    return _per_platform(
-        cpu, direct, x, kernel, bias, variant=variant, gpu=rounded, derived=rounded
-    )
+    return _per_platform(cpu, direct, x, kernel, bias, variant=variant, rounded=rounded)
 
 
 def _is_worth_sums(x: Array, kernel: Array) -> bool:

@@ -205,8 +205,8 @@ def test_gradients_of_a_norm_gather_nothing():
 def test_other_platforms_lowering(platform, large, vae, monkeypatch):
     """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one."""
 
-    def chosen(cpu, default, *args, gpu=None, **_):
-        return (gpu or default)(*args) if platform == "gpu" else default(*args)
+    def chosen(cpu, default, *args, rounded=None, **_):
+        return (rounded or default)(*args) if platform == "gpu" else default(*args)
 
     monkeypatch.setattr(_convolution, "_per_platform", chosen)
     if large:
