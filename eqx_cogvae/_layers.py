@@ -175,7 +175,9 @@ class GroupNorm(eqx.Module):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _moments(x: Array, groups: int) -> tuple[Array, Array]:
     """Mean and variance of each group of channels, over all frames and pixels."""
-    mean = _mean(x, groups)
+    # About one of the values: a sum of large ones loses digits that their differences keep.
+    start = _to_channels(x[:, 0, 0, 0, :: x.shape[4] // groups], x.shape[4])
+    mean = start + _mean(x - start, groups)
     return mean, _mean(jnp.square(x - mean), groups)
 
 
@@ -192,11 +194,16 @@ def _mean(x: Array, groups: int) -> Array:
     # Row by row first: millions of float32 in one sum would lose digits, and take twice the
     # time. Groups last: to split the channels of large arrays is to copy them.
     by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))
-    by_group = jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2)
+    return _to_channels(jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2), x.shape[4])
+
+
+def _to_channels(by_group: Array, channels: int) -> Array:
+    """What groups have, (b, groups), for each of their channels: (b, 1, 1, 1, c)."""
+    groups = by_group.shape[1]
     # By a sum, not repeated: XLA's CPU backend would look the group up for every pixel.
-    member = np.repeat(np.eye(groups, dtype=bool), x.shape[4] // groups, axis=1)
-    mean = jnp.sum(jnp.where(member[None], by_group[:, :, None], 0), axis=1)
-    return mean[:, None, None, None]
+    member = np.repeat(np.eye(groups, dtype=bool), channels // groups, axis=1)
+    by_channel = jnp.sum(jnp.where(member[None], by_group[:, :, None], 0), axis=1)
+    return by_channel[:, None, None, None]
 
 
 class SpatialNorm(eqx.Module):
