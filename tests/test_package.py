@@ -2,14 +2,18 @@
 
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import eqx_cogvae as cv
 from eqx_cogvae import dataset, diffusers, training, video
@@ -111,3 +115,17 @@ def test_hashes_are_of_the_versions_that_are_pinned():
     (torch,) = [line[2] for line in hashed if line[1].startswith("torch==")]
     assert torch.count("--hash") == 2
     assert all("--hash" in line for line in lines(ROOT / ".ci" / "cuda.txt"))
+
+
+def lower_bound(requirement):
+    (version,) = [each.version for each in requirement.specifier if each.operator == ">="]
+    return requirement.name, Version(version)
+
+
+def test_the_lowest_row_of_the_matrix_is_what_is_supported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = sum([extras[name] for name in extras if name != "ray"], project["dependencies"])
+    pins = runpy.run_path(str(ROOT / "scripts" / "matrix.py"))["LOWEST"]
+    pinned = {(name, Version(version)) for name, version in (pin.split("==") for pin in pins)}
+    assert pinned == set(map(lower_bound, map(Requirement, asked)))
