@@ -141,8 +141,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
         raise IsADirectoryError(f"{path} is a directory, name a video in it.")
     check_regular(path)
     try:
-        options = {"options": _READABLE, "metadata_errors": "replace"}
-        with av.open(os.fspath(path), **options) as container:
+        with av.open(os.fspath(path), options=_READABLE, **_lenient(av)) as container:
             if not container.streams.video:
                 raise ValueError(
                     f"{path} has no video stream, or an empty one: choose another file."
@@ -155,6 +154,11 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
             f"{path} is not a video that FFmpeg can read, or is truncated "
             f"({error.strerror}): check it in a player, or copy it again."
         ) from error
+
+
+def _lenient(av: Any) -> dict[str, str]:
+    """Titles and the like may be in any encoding; PyAV 19 takes them all by itself."""
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def _decoded(path: str | os.PathLike) -> Iterator[tuple[Fraction, Any]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqx_cogvae import video
+from eqx_cogvae import _video_reading, video
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_resize_is_antialiased(tmp_path):
 
 def test_rotation_is_applied(monkeypatch, file):
     upright = video.read(file, frames=1)
-    monkeypatch.setattr(video, "_turns", lambda frame: 1)
+    monkeypatch.setattr(_video_reading, "_turns", lambda frame: 1)
     turned = video.read(file, frames=1)
     np.testing.assert_array_equal(turned[0, 0], np.rot90(upright[0, 0]))
     assert (video.info(file).height, video.info(file).width) == (64, 48)
@@ -165,6 +165,21 @@ def test_bad_files(make, error, match, file, tmp_path):
     with pytest.raises(error, match=match) as caught:
         video.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_title_in_any_encoding(file, tmp_path):
+    path, title = tmp_path / "a.mkv", "café"
+    with av.open(str(file)) as source, av.open(str(path), "w") as copy:
+        copy.metadata["title"] = title
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    data = path.read_bytes()
+    assert data.count(title.encode()) == 1
+    path.write_bytes(data.replace(title.encode(), title.encode("latin-1") + b"\xff"))
+    assert video.read(path).shape[1] == 17
 
 
 def test_cut_between_frames_is_truncation(file, tmp_path):
