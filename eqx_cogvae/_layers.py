@@ -14,6 +14,7 @@ from ._convolution import (
     causal_conv,
     doubling_conv,
     frame_conv,
+    partitioned,
     pointwise_conv,
     valid_conv,
 )
@@ -175,9 +176,12 @@ class GroupNorm(eqx.Module):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _moments(x: Array, groups: int) -> tuple[Array, Array]:
     """Mean and variance of each group of channels, over all frames and pixels."""
-    # About one of the values: a sum of large ones loses digits that their differences keep.
-    start = _to_channels(x[:, 0, 0, 0, :: x.shape[4] // groups], x.shape[4])
-    mean = start + _mean(x - start, groups)
+    if partitioned.value:  # devices would have to be sent the first pixel
+        mean = _mean(x, groups)
+    else:
+        # About one of the values: a sum of large ones loses digits that their differences keep.
+        start = _to_channels(x[:, 0, 0, 0, :: x.shape[4] // groups], x.shape[4])
+        mean = start + _mean(x - start, groups)
     return mean, _mean(jnp.square(x - mean), groups)
 
 
