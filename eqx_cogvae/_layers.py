@@ -167,29 +167,32 @@ class GroupNorm(eqx.Module):
     @named_scope("eqx_cogvae.GroupNorm")
     def affine(self, x: Float[Array, "b t h w c"]) -> Affine:
         """What the moments of `x` make of the norm."""
-        mean, variance = _moments(at_least_float32(x), self.groups)
+        mean, variance = _moments(at_least_float32(x), self.groups, partitioned.value)
         weight, bias = self.weight.astype(mean.dtype), self.bias.astype(mean.dtype)
         gain = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
         return Affine(mean, gain, _channels(bias))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _moments(x: Array, groups: int) -> tuple[Array, Array]:
-    """Mean and variance of each group of channels, over all frames and pixels."""
-    if partitioned.value:  # devices would have to be sent the first pixel
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _moments(x: Array, groups: int, cut: bool) -> tuple[Array, Array]:
+    """Mean and variance of each group of channels, over all frames and pixels.
+
+    About the mean of the first row: a sum of large numbers loses digits that their differences
+    keep. Not where height or width are `cut` among devices, which would have to be sent that row.
+    """
+    if cut:
         mean = _mean(x, groups)
     else:
-        # About one of the values: a sum of large ones loses digits that their differences keep.
-        start = _to_channels(x[:, 0, 0, 0, :: x.shape[4] // groups], x.shape[4])
+        start = _mean(x[:, :1, :1], groups)
         mean = start + _mean(x - start, groups)
     return mean, _mean(jnp.square(x - mean), groups)
 
 
 @_moments.defjvp
-def _moments_jvp(groups, primals, tangents):
+def _moments_jvp(groups, cut, primals, tangents):
     # As the mean changes the variance about it does not: JAX would sum to find that out.
     (x,), (by_x,) = primals, tangents
-    mean, variance = _moments(x, groups)
+    mean, variance = _moments(x, groups, cut)
     return (mean, variance), (_mean(by_x, groups), 2 * _mean((x - mean) * by_x, groups))
 
 
@@ -198,16 +201,11 @@ def _mean(x: Array, groups: int) -> Array:
     # Row by row first: millions of float32 in one sum would lose digits, and take twice the
     # time. Groups last: to split the channels of large arrays is to copy them.
     by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))
-    return _to_channels(jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2), x.shape[4])
-
-
-def _to_channels(by_group: Array, channels: int) -> Array:
-    """What groups have, (b, groups), for each of their channels: (b, 1, 1, 1, c)."""
-    groups = by_group.shape[1]
+    by_group = jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2)
     # By a sum, not repeated: XLA's CPU backend would look the group up for every pixel.
-    member = np.repeat(np.eye(groups, dtype=bool), channels // groups, axis=1)
-    by_channel = jnp.sum(jnp.where(member[None], by_group[:, :, None], 0), axis=1)
-    return by_channel[:, None, None, None]
+    member = np.repeat(np.eye(groups, dtype=bool), x.shape[4] // groups, axis=1)
+    mean = jnp.sum(jnp.where(member[None], by_group[:, :, None], 0), axis=1)
+    return mean[:, None, None, None]
 
 
 class SpatialNorm(eqx.Module):

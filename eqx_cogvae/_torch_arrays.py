@@ -61,7 +61,10 @@ def to_tensor(x: Array) -> torch.Tensor:
 
 
 def to_jax_dtype(dtype: torch.dtype) -> jnp.dtype:
-    """**Raises:** `ValueError` for one that JAX lacks, or has not turned on."""
+    """Torch's dtype as JAX knows it.
+
+    **Raises:** `ValueError` for one that JAX lacks, or has not turned on.
+    """
     try:
         found = jnp.dtype(str(dtype).removeprefix("torch."))
     except TypeError as error:
@@ -75,7 +78,10 @@ def to_jax_dtype(dtype: torch.dtype) -> jnp.dtype:
 
 
 def to_torch_dtype(dtype: jnp.dtype) -> torch.dtype:
-    """**Raises:** `ValueError` for one that torch lacks."""
+    """JAX's dtype as torch knows it.
+
+    **Raises:** `ValueError` for one that torch lacks.
+    """
     found = getattr(torch, dtype.name, None)
     if not isinstance(found, torch.dtype):
         raise ValueError(f"torch has no dtype {dtype.name}: cast the array, to float32 say.")

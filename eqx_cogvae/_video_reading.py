@@ -108,13 +108,16 @@ def pictures(
     return _pictures(path, 0, None, size, fps)
 
 
-def check_installed() -> None:
+def check_av_installed() -> None:
     """Raises `ImportError` without PyAV: worth asking before a long computation."""
     av_module()
 
 
 def av_module() -> Any:
-    """PyAV. **Raises:** `ImportError` where it is missing."""
+    """PyAV.
+
+    **Raises:** `ImportError` where it is missing.
+    """
     try:
         import av
     except ImportError as error:
