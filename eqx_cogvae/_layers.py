@@ -14,7 +14,6 @@ from ._convolution import (
     causal_conv,
     doubling_conv,
     frame_conv,
-    partitioned,
     pointwise_conv,
     valid_conv,
 )
@@ -167,32 +166,24 @@ class GroupNorm(eqx.Module):
     @named_scope("eqx_cogvae.GroupNorm")
     def affine(self, x: Float[Array, "b t h w c"]) -> Affine:
         """What the moments of `x` make of the norm."""
-        mean, variance = _moments(at_least_float32(x), self.groups, partitioned.value)
+        mean, variance = _moments(at_least_float32(x), self.groups)
         weight, bias = self.weight.astype(mean.dtype), self.bias.astype(mean.dtype)
         gain = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
         return Affine(mean, gain, _channels(bias))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _moments(x: Array, groups: int, cut: bool) -> tuple[Array, Array]:
-    """Mean and variance of each group of channels, over all frames and pixels.
-
-    About the mean of the first row: a sum of large numbers loses digits that their differences
-    keep. Not where height or width are `cut` among devices, which would have to be sent that row.
-    """
-    if cut:
-        mean = _mean(x, groups)
-    else:
-        start = _mean(x[:, :1, :1], groups)
-        mean = start + _mean(x - start, groups)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _moments(x: Array, groups: int) -> tuple[Array, Array]:
+    """Mean and variance of each group of channels, over all frames and pixels."""
+    mean = _mean(x, groups)
     return mean, _mean(jnp.square(x - mean), groups)
 
 
 @_moments.defjvp
-def _moments_jvp(groups, cut, primals, tangents):
+def _moments_jvp(groups, primals, tangents):
     # As the mean changes the variance about it does not: JAX would sum to find that out.
     (x,), (by_x,) = primals, tangents
-    mean, variance = _moments(x, groups, cut)
+    mean, variance = _moments(x, groups)
     return (mean, variance), (_mean(by_x, groups), 2 * _mean((x - mean) * by_x, groups))
 
 
