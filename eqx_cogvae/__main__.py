@@ -22,7 +22,6 @@ from ._config import LATENT_BATCH, SAMPLE_BATCH, frame_batches, shown
 from ._dataset_commands import add_commands
 from ._files import Written, atomic, check_writable
 from ._passes import STRIP, Comparison, Padding, Stopwatch, progress, timed, to_decode
-from ._video_reading import check_rate
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUT_OF_MEMORY = (
@@ -305,7 +304,7 @@ def _index(text: str) -> int:
 def _rate(text: str) -> float:
     try:
         rate = float(text)
-        check_rate(rate)
+        video.check_rate(rate)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"a frame rate is of 0.001 to 1000, got {shown(text)}"

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from . import video
 from ._autoencoder import VAE
 from ._dataset_decode import Decoder
 from ._dataset_encode import Encoder, Result
 from ._dataset_sources import LATENTS, VIDEOS, find, shard_of
 from ._dataset_store import Settings as Settings, Store, suffix_of, write_lines
 from ._latents import check_layout, exact_fingerprint, fingerprint
-from ._video_reading import check_av_installed
 
 ENGINES = ("local", "ray")
 
@@ -197,7 +197,7 @@ def decode(
     _check_counts(threads=threads)
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"`fps` must be a positive number, got {fps}.")
-    check_av_installed()
+    video.check_installed()
     items = shard_of(find(Path(source), LATENTS), shard)
     root = _folder(destination)
     decoder = Decoder(vae, root, exact_fingerprint(vae), fps, layout, threads)
@@ -219,7 +219,7 @@ def _check(vae: VAE, settings: Settings, engine: str, decoders: int) -> None:
     if engine not in ENGINES:
         raise ValueError(f"`engine` is one of {', '.join(ENGINES)}, got {engine!r}.")
     _check_counts(decoders=decoders)
-    check_av_installed()
+    video.check_installed()
 
 
 def _check_counts(**counts: int) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.xla_bridge import backends_are_initialized
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from . import _checkpoint
 from ._autoencoder import VAE
@@ -38,20 +38,9 @@ except ImportError as error:
         f"the adapter needs torch and diffusers ({error}): pip install 'eqx_cogvae[diffusers]'."
     ) from error
 
-from ._torch_arrays import (
-    VIDEO_RANK,
-    same_device,
-    to_jax,
-    to_jax_device,
-    to_jax_dtype,
-    to_tensor,
-    to_torch,
-    to_torch_device,
-    to_torch_dtype,
-)
-
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 _MESH_AXES = ("batch", "height", "width")
+_VIDEO_RANK = 5
 _WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 
 
@@ -69,6 +58,105 @@ def _leave_memory_to_torch() -> None:
 
 
 _leave_memory_to_torch()
+
+
+def to_jax(tree: PyTree) -> PyTree:
+    """The tensors of a PyTree as JAX arrays, bit for bit; five axes turn from BCTHW to BTHWC.
+
+    Memory is shared where torch's is laid out so: any contiguous tensor of other ranks, and
+    video in `torch.channels_last_3d`, or as `to_torch` returns it. Else torch copies once: video
+    with frames last, strided slices, and what does not begin at a multiple of 64 bytes. The
+    arrays know nothing of autograd: tensors are detached. Other leaves pass as they are.
+
+    A tensor that shares its memory must not be written to while the array is in use.
+
+    **Raises:** `ValueError` for a dtype or a device that JAX lacks.
+    """
+    return jax.tree.map(lambda x: _to_jax(x) if isinstance(x, torch.Tensor) else x, tree)
+
+
+def to_torch(tree: PyTree) -> PyTree:
+    """The JAX arrays of a PyTree as tensors, bit for bit; five axes turn from BTHWC to BCTHW.
+
+    Memory is shared, so that video is in `torch.channels_last_3d`: do not write to tensors whose
+    arrays are still in use. Copied are arrays that lie on several devices (gathered on the
+    first), and those on a device that torch lacks (brought to the host). Other leaves pass as
+    they are.
+
+    **Raises:** `ValueError` for a dtype that torch lacks.
+    """
+    return jax.tree.map(lambda x: _to_torch(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def _to_jax(x: torch.Tensor) -> Array:
+    _jax_dtype(x.dtype)
+    _jax_device(x.device)
+    x = x.detach()
+    if x.ndim == _VIDEO_RANK:
+        x = x.permute(0, 2, 3, 4, 1)
+    return jax.dlpack.from_dlpack(x.contiguous())
+
+
+def _to_torch(x: Array) -> torch.Tensor:
+    tensor = _tensor(x)
+    return tensor.permute(0, 4, 1, 2, 3) if x.ndim == _VIDEO_RANK else tensor
+
+
+def _tensor(x: Array) -> torch.Tensor:
+    """In memory that torch reaches, axes as they are."""
+    _torch_dtype(x.dtype)
+    reached = _jax_device(_torch_device(x.sharding))
+    return torch.from_dlpack(x if x.devices() == {reached} else jax.device_put(x, reached))
+
+
+def _jax_dtype(dtype: torch.dtype) -> jnp.dtype:
+    try:
+        found = jnp.dtype(str(dtype).removeprefix("torch."))
+    except TypeError as error:
+        raise ValueError(f"JAX has no {dtype}: cast the tensor, to torch.float32 say.") from error
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise ValueError(
+            f"got {dtype}, and JAX has 64 bits off: cast it to 32, or call "
+            "`jax.config.update('jax_enable_x64', True)` first."
+        )
+    return found
+
+
+def _torch_dtype(dtype: jnp.dtype) -> torch.dtype:
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"torch has no dtype {dtype.name}: cast the array, to float32 say.")
+    return found
+
+
+def _jax_device(device: torch.device) -> Any:
+    """Torch's device as JAX knows it."""
+    platform = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
+    try:
+        devices = jax.local_devices(backend=platform) if platform else []
+    except RuntimeError:
+        devices = []
+    index = 0 if device.type == "cpu" else device.index
+    for found in devices:
+        if found.local_hardware_id == index:
+            return found
+    raise ValueError(
+        f"JAX cannot reach torch's device {device}, it has {', '.join(map(str, jax.devices()))}: "
+        "stay on one of those, or install JAX for this device."
+    )
+
+
+def _torch_device(sharding: Sharding) -> torch.device:
+    """Where torch meets an array: on its first device, or on the host where torch lacks that."""
+    first = min(sharding.addressable_devices, key=lambda device: device.id)
+    if first.platform == "gpu" and torch.cuda.is_available():
+        return torch.device("cuda", first.local_hardware_id)
+    return torch.device("cpu")
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    # The CPU is "cpu" and "cpu:0".
+    return one == other or one.type == other.type == "cpu"
 
 
 class _Call(torch.autograd.Function):
@@ -194,12 +282,12 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and results."""
-        return to_torch_dtype(self.vae.dtype)
+        return _torch_dtype(self.vae.dtype)
 
     @property
     def device(self) -> torch.device:
         """Where tensors are taken from and given back: the weights', or the CPU beside a TPU."""
-        return to_torch_device(self._where)
+        return _torch_device(self._where)
 
     @property
     def _where(self) -> Sharding:
@@ -247,7 +335,7 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
     def _call(
         self, x: torch.Tensor, step: Callable, frames: int, tile: tuple[int, int]
     ) -> torch.Tensor:
-        if not same_device(x.device, self.device):
+        if not _same(x.device, self.device):
             raise ValueError(
                 f"got a tensor on {x.device}, and the weights are on {self.device}: "
                 f"move one of them with `.to({str(x.device)!r})` or `.to({str(self.device)!r})`."
@@ -339,16 +427,16 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
         # Here all of torch's conversions come by: `to`, `half`, `cuda` and their like.
         anchor = fn(self._anchor.detach())
         vae, dtype = self.vae, _weights_dtype(anchor.dtype)
-        if not same_device(anchor.device, self.device):
+        if not _same(anchor.device, self.device):
             if self.mesh is not None:
                 raise ValueError("the weights are on a mesh and stay there: give another `mesh=`.")
-            vae = jax.device_put(vae, to_jax_device(anchor.device))
+            vae = jax.device_put(vae, _jax_device(anchor.device))
         self.vae = jax.tree.map(lambda leaf: leaf.astype(dtype), vae)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name, (leaf, axes) in _checkpoint.stored_leaves(self.vae).items():
-            destination[prefix + name] = to_tensor(leaf).permute(axes)
+            destination[prefix + name] = _tensor(leaf).permute(axes)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """**Raises:** `NotImplementedError`: the weights are JAX's."""
@@ -367,7 +455,7 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _check_rank(x: torch.Tensor, channels: int) -> None:
-    if x.ndim != VIDEO_RANK or x.shape[1] != channels:
+    if x.ndim != _VIDEO_RANK or x.shape[1] != channels:
         raise ValueError(
             f"expected a tensor (batch, {channels} channels, frames, height, width), got shape "
             f"{tuple(x.shape)}."
@@ -375,7 +463,7 @@ def _check_rank(x: torch.Tensor, channels: int) -> None:
 
 
 def _weights_dtype(dtype: torch.dtype) -> jnp.dtype:
-    found = to_jax_dtype(dtype)
+    found = _jax_dtype(dtype)
     if found.name not in FLOATS:
         raise ValueError(f"weights are of {', '.join(FLOATS)}, got {dtype}.")
     return found
