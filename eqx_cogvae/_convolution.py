@@ -37,6 +37,11 @@ LONG = 2**42
 Narrow arrays gain less by them: with 32 channels 9 frames of 128x192 are enough, 96x144 are not.
 """
 
+MANY = 2**9
+"""Pixels of the result, of all frames and videos, from which on fewer multiplications are worth
+the sums of a kernel's taps, which are as many for one pixel as for all.
+"""
+
 partitioned = jax.make_user_context(False)
 """Whether XLA is to cut height and width among devices. Known to JAX's caches."""
 
@@ -173,12 +178,13 @@ def valid_conv(
 def _is_worth_sums(x: Array, kernel: Array) -> bool:
     """Whether a convolution that keeps the frames' size is one for `winograd_conv`."""
     b, t, h, w, _ = x.shape
-    frames, channels = b * (t - kernel.shape[0] + 1), min(kernel.shape[3:])
+    pixels, channels = b * (t - kernel.shape[0] + 1) * h * w, min(kernel.shape[3:])
     # It lines up pixels of rows and columns, for which XLA's partitioner would gather them.
     return (
         kernel.shape[1:3] == (3, 3)
         and channels >= WIDE
-        and frames * h * w * kernel.size * channels**2 >= LONG
+        and pixels >= MANY
+        and pixels * kernel.size * channels**2 >= LONG
         and not partitioned.value
     )
 

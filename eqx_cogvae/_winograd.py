@@ -42,11 +42,22 @@ def _backward(saved: Any, cotangent: Array) -> tuple[Array, Array]:
     x, kernel = saved
     past = len(kernel) - 1
     around = jnp.pad(cotangent, [(0, 0), (past, past), (0, 0), (0, 0), (0, 0)])
-    by_x = winograd_conv(around, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4))
-    return by_x, _kernel_gradient(x, cotangent)
+    return winograd_conv(around, _adjoint(kernel)), _kernel_gradient(x, cotangent)
 
 
 winograd_conv.defvjp(_forward, _backward)
+
+
+def _adjoint(kernel: Array) -> Array:
+    """What the cotangent is convolved with: the kernel flipped, its channels swapped.
+
+    `jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)`, by a loop over the taps. XLA would else fuse
+    that into each of the sums of taps, and read with a stride: backward, 512 channels at 3 frames
+    of 16x24 took 252 ms instead of 153.
+    """
+    taps = jnp.flip(kernel, (0, 1, 2)).reshape(-1, *kernel.shape[3:])
+    taps = lax.map(jnp.transpose, taps)
+    return taps.reshape(*kernel.shape[:3], *taps.shape[1:])
 
 
 def _kernel_gradient(

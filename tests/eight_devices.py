@@ -89,6 +89,7 @@ def test_wide_convolutions_gather_nothing(monkeypatch):
     """Which on one device line up the pixels of rows and columns."""
     monkeypatch.setattr(_convolution, "WIDE", 1)
     monkeypatch.setattr(_convolution, "LONG", 0)
+    monkeypatch.setattr(_convolution, "MANY", 0)
     conv = _layers.CausalConv3d(8, 8, key=jax.random.key(0))
     x, mesh = normal((2, 3, 16, 12, 8)), mesh_of(MESHES["2x2"])
     cut = cv.sharded(lambda x: conv(x)[0], mesh, **AXES)
@@ -112,6 +113,7 @@ def test_within_shard_map(large, monkeypatch):
         monkeypatch.setattr(_convolution, "LARGE", 0)
     monkeypatch.setattr(_convolution, "WIDE", 1)
     monkeypatch.setattr(_convolution, "LONG", 0)
+    monkeypatch.setattr(_convolution, "MANY", 0)
     monkeypatch.setattr(_winograd, "BAND", 1000)
     decoder = cv.VAE(CONFIG, key=jax.random.key(0)).decoder
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))

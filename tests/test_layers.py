@@ -54,6 +54,7 @@ def test_fewer_multiplications_make_the_same_convolution(size, taps, pieces, mon
     x = normal((2, taps + 4, *size, 32))
     kernel, bias = normal((taps, 3, 3, 32, 48), 1), normal((48,), 2)
     monkeypatch.setattr(_convolution, "LONG", 0)
+    monkeypatch.setattr(_convolution, "MANY", 0)
     monkeypatch.setattr(_winograd, "BAND", -(-x.size // pieces))
     # All in one step; or frame by frame, and of some sizes the rows too.
     monkeypatch.setattr(_winograd, "PIECE", taps * x.size if pieces == 1 else 10 * size[1] * 64)
@@ -76,6 +77,25 @@ def test_fewer_multiplications_make_the_same_convolution(size, taps, pieces, mon
     assert not np.array_equal(fewer, plain), "the same computation twice"
     for ours, other in zip(grads, due, strict=True):
         assert distance(ours, other) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "channels", "worth"),
+    [
+        (3, (8, 12), 512, False),  # the sums of its kernels cost what they save
+        (3, (16, 24), 512, True),
+        (9, (64, 96), 128, True),
+        (9, (128, 192), 32, True),
+        (9, (96, 144), 32, False),
+        (9, (128, 192), 16, False),
+    ],
+)
+def test_fewer_multiplications_where_they_pay(frames, size, channels, worth):
+    x = jax.ShapeDtypeStruct((1, frames + 2, *size, channels), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, channels, channels), jnp.float32)
+    answers = []
+    jax.eval_shape(lambda *args: answers.append(_convolution._is_worth_sums(*args)), x, kernel)
+    assert answers == [worth]
 
 
 def test_every_lowering_rounds_half_precision_alike():
