@@ -28,8 +28,7 @@ from topologies import devices
 
 import eqx_cogvae as cv
 
-FIRST = {"encode": 9, "decode": 3}
-STEADY = {"encode": 8, "decode": 2}
+FRAMES = {"first": {"encode": 9, "decode": 3}, "steady": {"encode": 8, "decode": 2}}
 VIDEO = PartitionSpec(None, None, "height", "width")
 GIB = 2**30
 
@@ -64,8 +63,8 @@ def _steps(direction: str, options: argparse.Namespace, mesh: Mesh, size: tuple[
     cell, channels = config.spatial_compression, config.in_channels
     if direction == "decode":
         size, channels = (size[0] // cell, size[1] // cell), config.latent_channels
-    for name, frames in (("first", FIRST[direction]), ("steady", STEADY[direction])):
-        shape = jax.ShapeDtypeStruct((1, frames, *size, channels), vae.dtype)
+    for name, frames in FRAMES.items():
+        shape = jax.ShapeDtypeStruct((1, frames[direction], *size, channels), vae.dtype)
         step = vae.encode_step if direction == "encode" else vae.decode_step
         begun = time.perf_counter()
         lowered = _lowered(step, _placed(shape, mesh, VIDEO), cache, mesh)
@@ -126,10 +125,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1x1", help="rows x columns of devices")
-    parser.add_argument("--steps", nargs="+", default=["encode", "decode"], choices=FIRST)
-    parser.add_argument(
-        "--batches", nargs="+", default=["first", "steady"], choices=["first", "steady"]
-    )
+    parser.add_argument("--steps", nargs="+", default=["encode", "decode"], choices=FRAMES["first"])
+    parser.add_argument("--batches", nargs="+", default=list(FRAMES), choices=FRAMES)
     return parser.parse_args()
 
 
