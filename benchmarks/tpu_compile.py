@@ -10,7 +10,8 @@
 Topologies to try are v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2; h200, a GPU, which needs
 `jax[cuda13]`; and `cpu`, the simulated devices of
 XLA_FLAGS=--xla_force_host_platform_device_count=8. Peak is arguments, temporaries and outputs less
-what they share, of one device. The cache is given away, as `framewise` and `streamed` do.
+what they share, of one device. The cache is given away, as `framewise` and `streamed` do. Cycles
+are those that XLA for TPUs expects, see cycles.py.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cycles import cycles
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from topologies import devices
 
@@ -47,8 +49,8 @@ def main() -> None:
         f"{options.model}, {height}x{width}, {options.dtype}, {chips.size} x "
         f"{chips.flat[0].device_kind}, jax {jax.__version__}, on {platform.machine()}\n"
     )
-    print("| program | peak | arguments | temporaries | outputs | shared | compiled in |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| program | peak | arguments | temporaries | outputs | shared | cycles | compiled in |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for direction in options.steps:
         _steps(direction, options, mesh, (height, width))
 
@@ -91,7 +93,7 @@ def _row(name: str, lowered: jax.stages.Lowered, begun: float) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"| {name} | does not fit | | | | | |", flush=True)
+        print(f"| {name} | does not fit | | | | | | |", flush=True)
     else:
         seconds = time.perf_counter() - begun
         memory: Any = program.memory_analysis()
@@ -103,7 +105,9 @@ def _row(name: str, lowered: jax.stages.Lowered, begun: float) -> None:
         ]
         sizes = [sum(parts[:3]) - parts[3], *parts]
         figures = " | ".join(f"{size / GIB:.2f} GiB" for size in sizes)
-        print(f"| {name} | {figures} | {seconds:.0f} s |", flush=True)
+        expected = cycles(program.as_text() or "")
+        noted = f"{expected:.2e}" if expected else ""
+        print(f"| {name} | {figures} | {noted} | {seconds:.0f} s |", flush=True)
 
 
 def _placed(x: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

@@ -102,15 +102,33 @@ class Affine(NamedTuple):
         if self.scale is None or self.shift is None:
             return own(x)
         source = _nearest_frame(i, frames, self.scale.shape[1])
-        scale, shift = (frame(s, source) for s in (self.scale, self.shift))
-        (h, w), (h2, w2) = x.shape[2:4], scale.shape[2:4]
-        if h % h2 or w % w2:
-            return own._replace(scale=scale, shift=shift)(x)
-        # Broadcast, a cell of pixels to each number: enlarged arrays would be there in full.
-        y = own(x)
-        cells = y.reshape(*y.shape[:2], h2, h // h2, w2, w // w2, -1)
-        scale, shift = (s.astype(y.dtype)[:, :, :, None, :, None] for s in (scale, shift))
-        return (cells * scale + shift).reshape(y.shape)
+        return _scaled(own(x), frame(self.scale, source), frame(self.shift, source))
+
+    def of_height(self, height: int) -> "Affine":
+        """The same, with a row of `scale` and `shift` for each of so many rows of pixels."""
+        if self.scale is None or self.shift is None:
+            return self
+        scale, shift = (_repeat(s, height, axis=2) for s in (self.scale, self.shift))
+        return self._replace(scale=scale, shift=shift)
+
+    def of_rows(self, x: Float[Array, "b t h w c"], start: Int[Array, ""]) -> Array:
+        """The result for some rows, from `start` on, by a norm `of_height`."""
+        y = self._replace(scale=None, shift=None)(x)
+        if self.scale is None or self.shift is None:
+            return y
+        return _scaled(y, *(rows(s, start, x.shape[2]) for s in (self.scale, self.shift)))
+
+
+def _scaled(y: Array, scale: Array, shift: Array) -> Array:
+    """By the nearest of `scale`, and of `shift`."""
+    scale, shift = (_repeat_frames(s.astype(y.dtype), y.shape[1]) for s in (scale, shift))
+    (h, w), (h2, w2) = y.shape[2:4], scale.shape[2:4]
+    if h % h2 or w % w2:
+        return y * _nearest(scale, y.shape[1:4]) + _nearest(shift, y.shape[1:4])
+    # Broadcast, a cell of pixels to each number: enlarged arrays would be there in full.
+    cells = y.reshape(*y.shape[:2], h2, h // h2, w2, w // w2, -1)
+    scale, shift = (s[:, :, :, None, :, None] for s in (scale, shift))
+    return (cells * scale + shift).reshape(y.shape)
 
 
 def _apply(affine: Affine, x: Array) -> Array:
@@ -284,6 +302,11 @@ def frame(x: Float[Array, "b t *rest"], i: Int[Array, ""]) -> Float[Array, "b 1 
     return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
 
 
+def rows(x: Float[Array, "b t h *rest"], start: Int[Array, ""], count: int) -> Array:
+    """So many rows from `start` on, which may be known at run time only."""
+    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)
+
+
 def _channels(c: Array) -> Array:
     return c[None, None, None, None]
 
@@ -294,7 +317,10 @@ def _nearest(x: Array, size: tuple[int, ...]) -> Array:
     An odd number of frames above one takes its first from the first and the rest from the rest.
     """
     frames, height, width = size
-    x = _repeat(_repeat(x, height, axis=2), width, axis=3)
+    return _repeat_frames(_repeat(_repeat(x, height, axis=2), width, axis=3), frames)
+
+
+def _repeat_frames(x: Array, frames: int) -> Array:
     if frames > 1 and frames % 2 == 1:
         return jnp.concatenate([x[:, :1], _repeat(x[:, 1:], frames - 1, axis=1)], axis=1)
     return _repeat(x, frames, axis=1)
@@ -342,4 +368,5 @@ __all__ = [
     "SpatialNorm",
     "Upsample",
     "frame",
+    "rows",
 ]

@@ -9,8 +9,15 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
-from ._convolution import in_order, is_large, partitioned, pointwise_conv
-from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm, frame
+from ._convolution import (
+    band_conv,
+    in_order,
+    in_parts,
+    is_large,
+    pointwise_conv,
+    rows_of_bands,
+)
+from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm, frame, rows
 from ._types import Key
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -107,18 +114,21 @@ def normed_conv(
     pointwise convolution of `x` that is appended to the result, for a later call to add: with
     it the result must be as wide as `x`, and there is no `onto`.
 
-    Of large arrays frame by frame: what is normalised, and what the convolution makes of it on
-    its way, is then there for one frame at a time; and the result is written over `onto`, or
-    over `x` with `beside`, where XLA sees that nothing else reads it. `variant`, "whole" or
-    "frames", is for tests.
+    Of large arrays frame by frame, and on TPUs in bands of rows: what is normalised, and what
+    the convolution makes of it on its way, is then there for one at a time; and the result is
+    written over `onto`, or over `x` with `beside`, where XLA sees that nothing else reads it.
+    `variant`, "whole", "frames" or "bands", is for tests.
     """
     if isinstance(norm, SpatialNorm) and latents is None:
         raise ValueError("a resnet block with spatial norms needs `latents=`.")
     if beside is not None and (onto is not None or x.shape[-1] != 2 * beside.bias.size):
         raise ValueError("`beside` goes without `onto`, and must halve the channels.")
-    by_frames = _by_frames(conv, x) if variant is None else variant == "frames"
-    apply = _normed_conv_of_frames if by_frames else _normed_conv
-    return apply(act, norm, conv, x, cache, latents, onto, beside)
+    args = (norm, conv, x, cache, latents, onto, beside)
+    if variant == "whole" or (variant is None and not _by_frames(conv, x)):
+        return _normed_conv(act, *args)
+    if variant is None and not rows_of_bands(x):
+        variant = "frames"
+    return _normed_conv_in_parts(act, variant, *args)
 
 
 def _by_frames(conv: Callable, x: Array) -> bool:
@@ -143,61 +153,105 @@ def _joined(y, beyond, x, onto, beside):
     return jnp.concatenate([y, pointwise_conv(x, beside.weight, beside.bias)], axis=-1)
 
 
-def _normed_conv_of_frames(act, *args):
-    """The same, by a loop over frames whose carry is the cache of the convolution.
+def _normed_conv_in_parts(act, variant, *args):
+    """The same, by a loop.
 
-    The derivative is that of the whole: a loop's would keep every frame's intermediates.
+    The derivative is that of the whole: a loop's would keep the intermediates of every part.
     """
     arrays, static = eqx.partition(args, eqx.is_array)
-    here = partitioned.value
-
-    @jax.custom_vjp
-    def run(arrays):
-        return _loop_over_frames(act, *eqx.combine(arrays, static))
-
-    def backward(arrays, cotangent):
-        whole = lambda arrays: _normed_conv(act, *eqx.combine(arrays, static))  # noqa: E731
-        with partitioned(here):
-            return jax.vjp(whole, arrays)[1](cotangent)
-
-    run.defvjp(lambda arrays: (run(arrays), arrays), backward)
-    return run(arrays)
+    frames, bands, whole = (
+        lambda arrays, fn=fn: fn(act, *eqx.combine(arrays, static))
+        for fn in (_loop_over_frames, _loop_over_bands, _normed_conv)
+    )
+    bands = frames if variant == "frames" else bands
+    frames = bands if variant == "bands" else frames
+    return in_parts(bands, frames, whole, arrays)
 
 
 def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
-    count, past, width = x.shape[1], conv.conv.weight.shape[0] - 1, _width(norm)
+    """A loop whose carry is the cache of the convolution."""
+    count, width = x.shape[1], _width(norm)
     affine = _affine(norm, x[..., :width], latents)
 
     def normed(x, i):
         return act(affine.of_frame(x[..., :width], i, count)).astype(x.dtype)
 
     def convolved(carry, i):
-        frames, result = carry
+        before, result = carry
         now = frame(x if beside is None else result, i)
-        before = jnp.concatenate(frames, axis=1) if frames else None
-        y, seen = conv(normed(now, i), before)
+        y, seen = conv(normed(now, i), jnp.concatenate(before, axis=1) if before else None)
         own = None if onto is None else frame(result, i)
-        y = _joined(y, now[..., width:], now, own, beside)
-        frames = tuple(jnp.split(seen, past, axis=1)) if frames else ()
-        y = in_order(y)
-        return (frames, jax.lax.dynamic_update_slice_in_dim(result, y, i, axis=1)), None
+        y = in_order(_joined(y, now[..., width:], now, own, beside))
+        before = tuple(jnp.split(seen, len(before), axis=1)) if before else ()
+        return (before, jax.lax.dynamic_update_slice_in_dim(result, y, i, axis=1)), None
 
-    index, frames = jnp.arange(count, dtype=jnp.int32), ()
-    if past:
-        # The cache is made apart, and before the loop may write over `x`: what the loop carries
-        # has the loop's layout, not that of a result, and left to XLA for TPUs the copies of all
-        # caches come last, when every one is there twice.
-        ends = index[max(0, count - past) :]
-        if cache is None:  # the first frame stands in for it
-            ends = jnp.concatenate([index[:1], ends])
-        last = list(jax.lax.map(lambda i: normed(frame(x, i), i), ends))
-        cache = jnp.repeat(last.pop(0), past, axis=1) if cache is None else cache
-        frames = tuple(jnp.split(cache, past, axis=1))
-        cache = jnp.concatenate([cache[:, len(last) :], *last], axis=1)
-        x, cache = jax.lax.optimization_barrier((x, cache))
-    result = _room(x, conv, onto, beside)
-    (_, y), _ = jax.lax.scan(convolved, (frames, result), index)
+    x, before, cache = _caches(normed, conv, x, cache)
+    before = () if before is None else tuple(jnp.split(before, before.shape[1], axis=1))
+    carry, index = (before, _room(x, conv, onto, beside)), jnp.arange(count, dtype=jnp.int32)
+    (_, y), _ = jax.lax.scan(convolved, carry, index)
     return jax.lax.optimization_barrier((y, cache))
+
+
+def _loop_over_bands(act, norm, conv, x, cache, latents, onto, beside):
+    """A loop whose carry are the rows above a band that its convolution sees, normalised.
+
+    They may be written over when the band is read. A band is read with the rows below it; the
+    last one from higher up, and zeros take the place of what is below the frame.
+    """
+    (count, height), width, high = x.shape[1:3], _width(norm), rows_of_bands(x)
+    margin = conv.conv.weight.shape[1] // 2
+    affine = _affine(norm, x[..., :width], latents)
+    tall = affine.of_height(height)
+
+    def normed(x, i):
+        return act(affine.of_frame(x[..., :width], i, count)).astype(x.dtype)
+
+    def seen(x, start):
+        first = jnp.minimum(start, height - high - margin)
+        now = rows(x, first, high + margin)
+        y = act(tall.of_rows(now[..., :width], first)).astype(x.dtype)
+        if before is not None:
+            y = jnp.concatenate([rows(before, first, high + margin), y], axis=1)
+        y = jnp.pad(y, ((0, 0), (0, 0), (0, margin), (0, 0), (0, 0)))
+        return rows(y, start - first, high + margin)
+
+    def convolved(carry, i):
+        above, result = carry
+        start, source = i * high, x if beside is None else result
+        y = jnp.concatenate([above, seen(source, start)], axis=2)
+        above = y[:, :, high : high + margin]
+        y = band_conv(y, conv.conv.weight, conv.conv.bias)
+        now, own = rows(source, start, high), None if onto is None else rows(result, start, high)
+        y = _joined(y, now[..., width:], now, own, beside)
+        return (above, jax.lax.dynamic_update_slice_in_dim(result, y, start, axis=2)), None
+
+    x, before, cache = _caches(normed, conv, x, cache)
+    past = 0 if before is None else before.shape[1]
+    above = jnp.zeros_like(x, shape=(len(x), past + count, margin, x.shape[3], width))
+    index = jnp.arange(height // high, dtype=jnp.int32)
+    (_, y), _ = jax.lax.scan(convolved, (above, _room(x, conv, onto, beside)), index)
+    return jax.lax.optimization_barrier((y, cache))
+
+
+def _caches(normed, conv, x, cache):
+    """`x`, the frames before it and those for a later call, normalised; both None of one tap.
+
+    The cache is made apart, and before a loop may write over `x`: what the loop carries has the
+    loop's layout, not that of a result, and left to XLA for TPUs the copies of all caches come
+    last, when every one is there twice.
+    """
+    past = conv.conv.weight.shape[0] - 1
+    if not past:
+        return x, None, None
+    index = jnp.arange(x.shape[1], dtype=jnp.int32)
+    ends = index[max(0, len(index) - past) :]
+    if cache is None:  # the first frame stands in for it
+        ends = jnp.concatenate([index[:1], ends])
+    last = list(jax.lax.map(lambda i: normed(frame(x, i), i), ends))
+    before = jnp.repeat(last.pop(0), past, axis=1) if cache is None else cache
+    cache = jnp.concatenate([before[:, len(last) :], *last], axis=1)
+    x, cache = jax.lax.optimization_barrier((x, cache))
+    return x, before, cache
 
 
 def _room(x, conv, onto, beside):

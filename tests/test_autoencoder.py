@@ -241,8 +241,9 @@ def test_the_step_takes_and_gives_the_cache(small_pair):
     np.testing.assert_array_equal(second, vae.decode_step(latents[:, 2:], cache)[0])
 
 
-def test_large_frames_one_by_one(small_pair, monkeypatch):
-    """What large videos take: the same numbers, gradients too."""
+@pytest.mark.parametrize("on_tpu", [False, True])
+def test_large_frames_in_parts(on_tpu, small_pair, monkeypatch):
+    """What large videos take, frames or bands of rows: the same numbers, gradients too."""
     vae, _ = small_pair
     video, latents = normal((1, 9, 16, 16, 3)), normal((1, 3, 4, 4, vae.config.latent_channels), 1)
 
@@ -255,6 +256,13 @@ def test_large_frames_one_by_one(small_pair, monkeypatch):
     due = results()
     monkeypatch.setattr(_convolution, "LARGE", 0)
     monkeypatch.setattr(_convolution, "HUGE", 0)
+    if on_tpu:
+
+        def platform(*args, default, **_):
+            return default(*args)
+
+        monkeypatch.setattr(jax.lax, "platform_dependent", platform)
+        monkeypatch.setattr(_convolution, "_LANES", 1)
     for got, expected in zip(*map(jax.tree.leaves, (results(), due)), strict=True):
         assert distance(got, expected) < 1e-5
 

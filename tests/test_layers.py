@@ -115,23 +115,42 @@ def test_every_lowering_of_a_doubling_convolution_agrees():
         assert distance(lowered, cpu) < 1e-6
 
 
-@pytest.mark.parametrize("latents", [None, 4])
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 9])
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("around", [None, "onto", "beside", "beyond"])
-def test_frames_one_by_one_are_the_frames_at_once(latents, frames, cached, around, getkey):
-    """And what is added to them, appended, or lies in further channels."""
+def test_small_arrays_are_products_on_tpus(monkeypatch):
+    args = normal((2, 4, 6, 7, 3)), normal((3, 3, 5, 3, 5), 1), normal((5,), 2)
+    due = variants(_convolution.causal_conv, *args)[0]
+    monkeypatch.setattr(_convolution, "_LANES", 1)
+    products = lambda *args: _convolution.causal_conv(*args, variant="default")  # noqa: E731
+    assert "conv_general" not in str(jax.make_jaxpr(products)(*args))
+    for got, expected in zip(products(*args), due, strict=True):
+        assert distance(got, expected) < 1e-6
+
+
+def a_normed_conv(latents, frames, cached, around, height, getkey):
+    """Arguments of `normed_conv`; by name, what is added to its result or appended."""
     norm = _resnet._norm(16, 4, 1e-6, latents, key=getkey(), dtype=jnp.float32)
     conv = _layers.CausalConv3d(16, 8, key=getkey())
     wide = 24 if around == "beyond" else 16
-    x = jax.random.normal(getkey(), (2, frames, 6, 5, wide))
-    cache = jax.random.normal(getkey(), (2, 2, 6, 5, 16)) if cached else None
-    z = jax.random.normal(getkey(), (2, -(-frames // 2), 3, 5, 4)) if latents else None
+    x = jax.random.normal(getkey(), (2, frames, height, 5, wide))
+    cache = jax.random.normal(getkey(), (2, 2, height, 5, 16)) if cached else None
+    z = jax.random.normal(getkey(), (2, -(-frames // 2), height // 2, 5, 4)) if latents else None
     more = {}
     if around == "onto":
-        more["onto"] = jax.random.normal(getkey(), (2, frames, 6, 5, 8))
+        more["onto"] = jax.random.normal(getkey(), (2, frames, height, 5, 8))
     if around == "beside":
         more["beside"] = _layers.Conv((1, 1, 1), 16, 8, key=getkey())
+    return norm, conv, x, cache, z, more
+
+
+AROUND = pytest.mark.parametrize("around", [None, "onto", "beside", "beyond"])
+
+
+@pytest.mark.parametrize("latents", [None, 4])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("cached", [False, True])
+@AROUND
+def test_frames_one_by_one_are_the_frames_at_once(latents, frames, cached, around, getkey):
+    """And what is added to them, appended, or lies in further channels."""
+    given = a_normed_conv(latents, frames, cached, around, 6, getkey)
 
     def squares(args, variant):
         norm, conv, *rest, more = args
@@ -141,10 +160,41 @@ def test_frames_one_by_one_are_the_frames_at_once(latents, frames, cached, aroun
     results = []
     for variant in ("whole", "frames"):
         run = lambda args, v=variant: eqx.filter_value_and_grad(squares, has_aux=True)(args, v)  # noqa: E731
-        (_, made), grads = eqx.filter_jit(run)((norm, conv, x, cache, z, more))
+        (_, made), grads = eqx.filter_jit(run)(given)
         results.append((made, grads))
     for whole, one_by_one in zip(*map(jax.tree.leaves, results), strict=True):
         assert distance(one_by_one, whole) < 1e-6
+
+
+@pytest.mark.parametrize("latents", [None, 4])
+@pytest.mark.parametrize(("frames", "cached"), [(1, False), (3, False), (3, True), (8, True)])
+@AROUND
+def test_bands_of_rows_are_the_whole(latents, frames, cached, around, getkey, monkeypatch):
+    """The first, those that have rows above and below, and the last."""
+    monkeypatch.setattr(_convolution, "LARGE", 0)
+    norm, conv, *rest, more = a_normed_conv(latents, frames, cached, around, 24, getkey)
+    assert _convolution.rows_of_bands(rest[0]) == 8
+    call = eqx.filter_jit(_resnet.normed_conv)
+    due, bands = (
+        call(norm, jax.nn.silu, conv, *rest, **more, variant=variant)
+        for variant in ("whole", "bands")
+    )
+    for got, expected in zip(bands, due, strict=True):
+        assert distance(got, expected) < 1e-6
+
+
+def test_heights_of_bands(monkeypatch):
+    monkeypatch.setattr(_convolution, "LARGE", 40 * 100)
+    x = lambda height: jnp.zeros((1, 2, height, 5, 10))  # noqa: E731
+    heights = {480: 40, 100: 25, 82: 0, 62: 31, 8: 4, 6: 0}
+    assert {h: _convolution.rows_of_bands(x(h)) for h in heights} == heights
+
+
+@pytest.mark.parametrize(
+    ("frames", "full"), [(1, True), (4, True), (5, False), (8, True), (9, False)]
+)
+def test_bands_are_of_as_many_frames_as_fill_sublanes(frames, full):
+    assert bool(_convolution.rows_of_bands(jnp.zeros((1, frames, 16, 16, 8)))) == full
 
 
 def torch_gradients(fn, *tensors):
