@@ -20,7 +20,7 @@ from ._winograd import winograd_conv
 VARIANTS = ("cpu", "gpu", "default")
 
 LARGE = 2**24
-"""Elements from which on an array is worked on frame by frame."""
+"""Elements from which on an array is worked on frame by frame, or in bands of rows."""
 
 HUGE = 2**16
 """Pixels of a frame from which on it is kept in order, and on TPUs convolved tap by tap.
@@ -78,7 +78,10 @@ def _per_platform(
 
     @jax.custom_vjp
     def chosen(*args):
-        return lax.platform_dependent(*args, cpu=cpu, cuda=rounded, rocm=rounded, default=default)
+        with partitioned(here):  # derivatives are traced when its caller has left it
+            return lax.platform_dependent(
+                *args, cpu=cpu, cuda=rounded, rocm=rounded, default=default
+            )
 
     def forward(*args):
         return chosen(*args), args
@@ -94,7 +97,7 @@ def _per_platform(
 
 
 def is_large(x: Float[Array, "b t *rest"]) -> bool:
-    """Whether the frames of `x` are worked on one by one."""
+    """Whether `x` is worked on in parts."""
     return x.shape[1] > 1 and x.size >= LARGE
 
 
@@ -111,36 +114,52 @@ def map_frames(fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]) -> Ar
     return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
 
 
-def rows_of_bands(x: Float[Array, "b t h w c"]) -> int:
-    """Rows of the bands, of at most `LARGE` elements, that `x` is worked on in; 0 where it is not.
+def rows_of_bands(x: Float[Array, "b t h w c"], margin: int) -> int:
+    """Rows of the bands, of equal height, that `x` is worked on in on TPUs; 0 where it is not.
 
-    Bands are of one height. Not within `sharded`, where devices hold rows, nor where frames leave
-    many of a TPU's sublanes empty, in memory too: 9 would be as large as 16.
+    Of at most `LARGE` elements, or `_LOW` rows. `margin` is how many rows around a band are seen.
+    There are none within `sharded`, where devices hold rows, nor where frames leave many of a
+    TPU's sublanes empty: 9 of them would be as large in memory as 16. (Of up to 4, tiles have
+    fewer rows.)
     """
     _, frames, height, *_ = x.shape
     most = min(max(_LOW, LARGE * height // x.size), height // 2)
     rows = max((rows for rows in range(1, most + 1) if height % rows == 0), default=0)
     empty = -frames % _SUBLANES if frames > _SUBLANES // 2 else 0
-    return 0 if partitioned.value or 2 * empty > frames or rows < _LOW // 2 else rows
+    worth = rows >= max(margin, _LOW // 2) and 2 * empty <= frames
+    return rows if worth and not partitioned.value else 0
 
 
-def in_parts(bands: Callable, frames: Callable, whole: Callable, *args: Any) -> Any:
-    """Calls `bands` on TPUs, else `frames`; equal functions, whose derivative is that of `whole`.
+def in_parts(
+    frames: Callable, bands: Callable | None, whole: Callable, *args: Any, variant: str | None
+) -> Any:
+    """Calls `bands`, where there is one, on TPUs, else `frames`; the derivative is of `whole`.
 
-    TPUs compute eight rows of a matrix at once: frames are these rows, where all are convolved
-    together. For one alone XLA cuts its width into eight, and copies it to that end and back.
+    All three are equal. TPUs compute eight rows of a matrix at once: frames are these rows, where
+    all are convolved together. For one alone XLA cuts its width into eight, and copies it to that
+    end and back.
     """
     here = partitioned.value
 
     @jax.custom_vjp
     def run(*args):
+        if bands is None or variant == "frames":
+            return frames(*args)
+        if variant == "bands":
+            return bands(*args)
         return lax.platform_dependent(*args, cpu=frames, cuda=frames, rocm=frames, default=bands)
 
-    def backward(args, cotangent):
-        with partitioned(here):
-            return jax.vjp(whole, *args)[1](cotangent)
+    def placed(fn: Callable) -> Callable:
+        def call(*args):
+            with partitioned(here):
+                return fn(*args)
 
-    run.defvjp(lambda *args: (run(*args), args), backward)
+        return call
+
+    run.defvjp(
+        lambda *args: (placed(run)(*args), args),
+        placed(lambda args, cotangent: jax.vjp(whole, *args)[1](cotangent)),
+    )
     return run(*args)
 
 
@@ -196,10 +215,12 @@ def valid_conv(
     """A 3D convolution, valid in time, with zero `pads` of height and width."""
 
     def direct(x, kernel, bias):
-        one_huge = x.shape[1] == kernel.shape[0] and _is_huge(x)
-        convolved = _tap_by_tap if one_huge else _taps_as_channels
-        if x.size < LARGE and kernel.shape[3] >= _LANES and not partitioned.value:
+        if x.shape[1] == kernel.shape[0] and _is_huge(x):
+            convolved = _tap_by_tap
+        elif x.size < LARGE and kernel.shape[3] >= _LANES and not partitioned.value:
             convolved = _taps_as_products
+        else:
+            convolved = _taps_as_channels
         return _biased(convolved(x, kernel, pads, _accumulator(x)), bias)
 
     def rounded(x, kernel, bias):

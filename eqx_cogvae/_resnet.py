@@ -1,5 +1,6 @@
 """The residual block, and what it is made of: a norm, an activation, then a convolution."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ class ResnetBlock(eqx.Module):
         act, short = _ACTIVATIONS[self.act_fn], self.conv_shortcut
         cache1, cache2 = cache or ResnetCache()
         onto, beside = x, None
-        if short is not None and _by_frames(self.conv1, x) and x.shape[-1] == 2 * short.bias.size:
+        if short is not None and _in_parts(self.conv1, x) and x.shape[-1] == 2 * short.bias.size:
             onto, beside = None, short  # the branch and the shortcut fit into x
         elif short is not None:
             onto = pointwise_conv(x, short.weight, short.bias)
@@ -124,14 +125,12 @@ def normed_conv(
     if beside is not None and (onto is not None or x.shape[-1] != 2 * beside.bias.size):
         raise ValueError("`beside` goes without `onto`, and must halve the channels.")
     args = (norm, conv, x, cache, latents, onto, beside)
-    if variant == "whole" or (variant is None and not _by_frames(conv, x)):
+    if variant == "whole" or (variant is None and not _in_parts(conv, x)):
         return _normed_conv(act, *args)
-    if variant is None and not rows_of_bands(x):
-        variant = "frames"
     return _normed_conv_in_parts(act, variant, *args)
 
 
-def _by_frames(conv: Callable, x: Array) -> bool:
+def _in_parts(conv: Callable, x: Array) -> bool:
     # What a user put in place of the convolution is called once, with all frames.
     return isinstance(conv, CausalConv3d) and conv.pad_mode != "replicate" and is_large(x)
 
@@ -159,13 +158,18 @@ def _normed_conv_in_parts(act, variant, *args):
     The derivative is that of the whole: a loop's would keep the intermediates of every part.
     """
     arrays, static = eqx.partition(args, eqx.is_array)
-    frames, bands, whole = (
-        lambda arrays, fn=fn: fn(act, *eqx.combine(arrays, static))
-        for fn in (_loop_over_frames, _loop_over_bands, _normed_conv)
-    )
-    bands = frames if variant == "frames" else bands
-    frames = bands if variant == "bands" else frames
-    return in_parts(bands, frames, whole, arrays)
+    on = lambda fn: lambda arrays: fn(act, *eqx.combine(arrays, static))  # noqa: E731
+    _, conv, x, *_ = args
+    # Bands are not convolved by a call: a user's own kind of convolution is.
+    high = rows_of_bands(x, _margin(conv)) if type(conv) is CausalConv3d else 0
+    bands = on(functools.partial(_loop_over_bands, high)) if high else None
+    frames, whole = on(_loop_over_frames), on(_normed_conv)
+    return in_parts(frames, bands, whole, arrays, variant=variant)
+
+
+def _margin(conv: CausalConv3d) -> int:
+    """Rows above, and below, that a convolution sees."""
+    return conv.conv.weight.shape[1] // 2
 
 
 def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
@@ -192,14 +196,13 @@ def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
     return jax.lax.optimization_barrier((y, cache))
 
 
-def _loop_over_bands(act, norm, conv, x, cache, latents, onto, beside):
-    """A loop whose carry are the rows above a band that its convolution sees, normalised.
+def _loop_over_bands(high, act, norm, conv, x, cache, latents, onto, beside):
+    """A loop over bands of so many rows; its carry are the rows above, normalised.
 
     They may be written over when the band is read. A band is read with the rows below it; the
     last one from higher up, and zeros take the place of what is below the frame.
     """
-    (count, height), width, high = x.shape[1:3], _width(norm), rows_of_bands(x)
-    margin = conv.conv.weight.shape[1] // 2
+    (count, height), width, margin = x.shape[1:3], _width(norm), _margin(conv)
     affine = _affine(norm, x[..., :width], latents)
     tall = affine.of_height(height)
 
@@ -255,7 +258,7 @@ def _caches(normed, conv, x, cache):
 
 
 def _room(x, conv, onto, beside):
-    """What the result is written over, frame by frame."""
+    """What the result is written over, part by part."""
     if onto is not None:
         return onto
     if beside is not None:

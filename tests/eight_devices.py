@@ -101,9 +101,10 @@ def test_wide_convolutions_gather_nothing(monkeypatch):
     def gradient(fn):
         return eqx.filter_jit(jax.grad(lambda x: jnp.sum(jnp.square(fn(x)))))
 
-    # The backward pass is traced when `sharded` has returned.
+    # The backward pass is traced when `sharded` has returned; within `jit` the forward pass too.
     due = gradient(lambda x: conv(x)[0])(x)
-    check(gradient(cut).lower(on_mesh).compile(), (on_mesh,), due)
+    for fn in (cut, eqx.filter_jit(cut)):
+        check(gradient(fn).lower(on_mesh).compile(), (on_mesh,), due)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -117,7 +118,8 @@ def test_within_shard_map(large, monkeypatch):
     monkeypatch.setattr(_winograd, "BAND", 1000)
     decoder = cv.VAE(CONFIG, key=jax.random.key(0)).decoder
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
-    spec, z = PartitionSpec("batch"), clip("decode", (2, 4, 6), 3)
+    # Large: as high, and of as many frames, as TPUs work on in bands.
+    spec, z = PartitionSpec("batch"), clip("decode", *((2, 8, 6), 2) if large else ((2, 4, 6), 3))
     options = {"mesh": mesh, "in_specs": spec, "out_specs": spec}
     plain = lambda z: decoder(z)[0]  # noqa: E731
     assert distance(jax.jit(jax.shard_map(plain, **options))(z), plain(z)) < 1e-5
@@ -205,7 +207,10 @@ def test_gradients_of_a_norm_gather_nothing():
     ("platform", "large"), [("default", False), ("default", True), ("gpu", True)]
 )
 def test_other_platforms_lowering(platform, large, vae, monkeypatch):
-    """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one."""
+    """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one.
+
+    Not bands of rows, nor products of matrices, for which XLA would gather.
+    """
 
     def chosen(cpu, default, *args, rounded=None, **_):
         return (rounded or default)(*args) if platform == "gpu" else default(*args)

@@ -20,7 +20,7 @@ from reference import (
 )
 
 import eqx_cogvae as cv
-from eqx_cogvae import _convolution
+from eqx_cogvae import _convolution, _resnet
 
 # diffusers differs from itself by up to 3e-6 from one memory format to another.
 EQUAL = 1e-5
@@ -241,11 +241,11 @@ def test_the_step_takes_and_gives_the_cache(small_pair):
     np.testing.assert_array_equal(second, vae.decode_step(latents[:, 2:], cache)[0])
 
 
-@pytest.mark.parametrize("on_tpu", [False, True])
-def test_large_frames_in_parts(on_tpu, small_pair, monkeypatch):
-    """What large videos take, frames or bands of rows: the same numbers, gradients too."""
+@pytest.mark.parametrize("how", ["frames", "bands", "products"])
+def test_what_large_videos_and_tpus_take(how, small_pair, monkeypatch):
+    """Frames one by one or in bands of rows; small arrays by products: the same, gradients too."""
     vae, _ = small_pair
-    video, latents = normal((1, 9, 16, 16, 3)), normal((1, 3, 4, 4, vae.config.latent_channels), 1)
+    video, latents = normal((1, 8, 32, 32, 3)), normal((1, 2, 8, 8, vae.config.latent_channels), 1)
 
     def results():
         loss = lambda vae, z: jnp.sum(jnp.square(vae.decoder(z)[0]))  # noqa: E731
@@ -253,18 +253,28 @@ def test_large_frames_in_parts(on_tpu, small_pair, monkeypatch):
         encoded = eqx.filter_jit(lambda vae, x: vae.encoder(x))(vae, video)
         return decoded, encoded, eqx.filter_jit(eqx.filter_grad(loss))(vae, latents).decoder
 
-    due = results()
-    monkeypatch.setattr(_convolution, "LARGE", 0)
-    monkeypatch.setattr(_convolution, "HUGE", 0)
-    if on_tpu:
+    due, banded = results(), []
 
-        def platform(*args, default, **_):
-            return default(*args)
+    def on_tpu(*args, default, **_):
+        return default(*args)
 
-        monkeypatch.setattr(jax.lax, "platform_dependent", platform)
+    def loop(*args):
+        banded.append(args)
+        return loop_over_bands(*args)
+
+    if how == "products":
         monkeypatch.setattr(_convolution, "_LANES", 1)
+    else:
+        monkeypatch.setattr(_convolution, "LARGE", 0)
+        monkeypatch.setattr(_convolution, "HUGE", 0)
+    if how != "frames":
+        monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+    loop_over_bands = _resnet._loop_over_bands
+    monkeypatch.setattr(_resnet, "_loop_over_bands", loop)
     for got, expected in zip(*map(jax.tree.leaves, (results(), due)), strict=True):
         assert distance(got, expected) < 1e-5
+    # JAX traces the branch of each platform.
+    assert bool(banded) == (how != "products")
 
 
 def test_reconstruction(small_pair):

@@ -166,35 +166,74 @@ def test_frames_one_by_one_are_the_frames_at_once(latents, frames, cached, aroun
         assert distance(one_by_one, whole) < 1e-6
 
 
+def whole_and_bands(norm, conv, *rest, **more):
+    call = eqx.filter_jit(_resnet.normed_conv)
+    pair = (
+        call(norm, jax.nn.silu, conv, *rest, **more, variant=variant)
+        for variant in ("whole", "bands")
+    )
+    return zip(*map(jax.tree.leaves, pair), strict=True)
+
+
 @pytest.mark.parametrize("latents", [None, 4])
-@pytest.mark.parametrize(("frames", "cached"), [(1, False), (3, False), (3, True), (8, True)])
+@pytest.mark.parametrize(("frames", "cached"), [(1, False), (3, True)])
 @AROUND
 def test_bands_of_rows_are_the_whole(latents, frames, cached, around, getkey, monkeypatch):
     """The first, those that have rows above and below, and the last."""
     monkeypatch.setattr(_convolution, "LARGE", 0)
-    norm, conv, *rest, more = a_normed_conv(latents, frames, cached, around, 24, getkey)
-    assert _convolution.rows_of_bands(rest[0]) == 8
-    call = eqx.filter_jit(_resnet.normed_conv)
-    due, bands = (
-        call(norm, jax.nn.silu, conv, *rest, **more, variant=variant)
-        for variant in ("whole", "bands")
-    )
-    for got, expected in zip(bands, due, strict=True):
-        assert distance(got, expected) < 1e-6
+    *given, more = a_normed_conv(latents, frames, cached, around, 24, getkey)
+    assert _convolution.rows_of_bands(given[2], 1) == 8
+    for due, bands in whole_and_bands(*given, **more):
+        assert distance(bands, due) < 1e-6
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 3), (3, 1, 1), (2, 5, 3), (3, 9, 3)])
+def test_bands_of_other_kernels(sizes, getkey, monkeypatch):
+    """Of one tap in time, of no rows around, and of many; where latents are no divisor."""
+    monkeypatch.setattr(_convolution, "LARGE", 0)
+    norm, conv, x, _, _, more = a_normed_conv(4, 3, False, "beside", 24, getkey)
+    conv = eqx.tree_at(lambda c: c.conv, conv, _layers.Conv(sizes, 16, 8, key=getkey()))
+    z = jax.random.normal(getkey(), (2, 2, 7, 3, 4))
+    for due, bands in whole_and_bands(norm, conv, x, None, z, **more):
+        assert distance(bands, due) < 1e-6
+
+
+def test_bands_in_half_precision(getkey, monkeypatch):
+    monkeypatch.setattr(_convolution, "LARGE", 0)
+    args = a_normed_conv(4, 8, True, None, 24, getkey)
+    *given, _ = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_array(x) else x, args)
+    for due, bands in whole_and_bands(*given):
+        assert bands.dtype == jnp.bfloat16
+        assert distance(bands.astype(jnp.float32), due.astype(jnp.float32)) < 1e-2
+
+
+def test_a_convolution_of_ones_own_is_called(getkey, monkeypatch):
+    """Not replaced by one of bands, where it is one of ours with a call of its own."""
+
+    class Doubled(_layers.CausalConv3d):
+        def __call__(self, x, cache=None):
+            y, cache = super().__call__(x, cache)
+            return 2 * y, cache
+
+    monkeypatch.setattr(_convolution, "LARGE", 0)
+    norm, _, *rest, more = a_normed_conv(None, 3, False, None, 24, getkey)
+    for due, bands in whole_and_bands(norm, Doubled(16, 8, key=getkey()), *rest, **more):
+        assert distance(bands, due) < 1e-6
 
 
 def test_heights_of_bands(monkeypatch):
     monkeypatch.setattr(_convolution, "LARGE", 40 * 100)
     x = lambda height: jnp.zeros((1, 2, height, 5, 10))  # noqa: E731
     heights = {480: 40, 100: 25, 82: 0, 62: 31, 8: 4, 6: 0}
-    assert {h: _convolution.rows_of_bands(x(h)) for h in heights} == heights
+    assert {h: _convolution.rows_of_bands(x(h), 1) for h in heights} == heights
+    assert [_convolution.rows_of_bands(x(8), margin) for margin in (4, 5)] == [4, 0]
 
 
 @pytest.mark.parametrize(
     ("frames", "full"), [(1, True), (4, True), (5, False), (8, True), (9, False)]
 )
 def test_bands_are_of_as_many_frames_as_fill_sublanes(frames, full):
-    assert bool(_convolution.rows_of_bands(jnp.zeros((1, frames, 16, 16, 8)))) == full
+    assert bool(_convolution.rows_of_bands(jnp.zeros((1, frames, 16, 16, 8)), 1)) == full
 
 
 def torch_gradients(fn, *tensors):
