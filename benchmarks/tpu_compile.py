@@ -1,4 +1,4 @@
-"""What the steps need on accelerators that are not there: memory, seconds to compile.
+"""What the steps need on accelerators that are not there: memory, cycles, seconds to compile.
 
     pip install "jax[tpu]==<the jax in use>"
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/tpu_compile.py

@@ -20,7 +20,10 @@ from ._winograd import winograd_conv
 VARIANTS = ("cpu", "gpu", "default")
 
 LARGE = 2**24
-"""Elements from which on an array is worked on frame by frame, or in bands of rows."""
+"""Elements from which on an array is worked on in parts, and at most in a band of rows.
+
+Below it TPUs convolve wide arrays by products of matrices.
+"""
 
 HUGE = 2**16
 """Pixels of a frame from which on it is kept in order, and on TPUs convolved tap by tap.
@@ -46,7 +49,9 @@ _SUBLANES, _LANES = 8, 128
 """Rows and columns of a matrix that a TPU computes with at once."""
 
 _LOW = 8
-"""Rows of a band, at least where its height allows; with half of them a loop still pays."""
+"""Rows that a band may have also of more than `LARGE` elements. With fewer than half of them there
+are no bands.
+"""
 
 partitioned = jax.make_user_context(False)
 """Whether XLA is to cut height and width among devices. Known to JAX's caches."""
@@ -61,7 +66,7 @@ def _per_platform(
 ) -> Array:
     """Calls the one for the platform that the program is compiled for.
 
-    `rounded` stands in for `default` on GPUs, and wherever derivatives are taken.
+    `rounded` stands in for `default` on GPUs, and in every backward pass but the CPU's.
 
     Derivatives are chosen anew in the backward pass. Left to JAX, the choice would come there
     as a value from the forward pass, and XLA would keep both branches: ten times as slow. The
@@ -74,26 +79,33 @@ def _per_platform(
     def pullback(fn: Callable) -> Callable:
         return lambda cotangent, *args: jax.vjp(fn, *args)[1](cotangent)
 
-    here = partitioned.value
-
-    @jax.custom_vjp
-    def chosen(*args):
-        with partitioned(here):  # derivatives are traced when its caller has left it
-            return lax.platform_dependent(
-                *args, cpu=cpu, cuda=rounded, rocm=rounded, default=default
-            )
-
     def forward(*args):
-        return chosen(*args), args
+        return lax.platform_dependent(*args, cpu=cpu, cuda=rounded, rocm=rounded, default=default)
 
     def backward(args, cotangent):
-        with partitioned(here):
-            return lax.platform_dependent(
-                cotangent, *args, cpu=pullback(cpu), default=pullback(rounded)
-            )
+        pullbacks = {"cpu": pullback(cpu), "default": pullback(rounded)}
+        return lax.platform_dependent(cotangent, *args, **pullbacks)
 
-    chosen.defvjp(forward, backward)
-    return chosen(*args)
+    return _with_backward(forward, backward)(*args)
+
+
+def _with_backward(forward: Callable, backward: Callable) -> Callable:
+    """`forward`, with a derivative of its own, of its arguments and a cotangent.
+
+    For derivatives both are traced only after `sharded` has returned.
+    """
+    here = partitioned.value
+
+    def placed(fn: Callable) -> Callable:
+        def call(*args):
+            with partitioned(here):
+                return fn(*args)
+
+        return call
+
+    run = jax.custom_vjp(placed(forward))
+    run.defvjp(lambda *args: (run(*args), args), placed(backward))
+    return run
 
 
 def is_large(x: Float[Array, "b t *rest"]) -> bool:
@@ -124,13 +136,13 @@ def rows_of_bands(x: Float[Array, "b t h w c"], margin: int) -> int:
     """
     _, frames, height, *_ = x.shape
     most = min(max(_LOW, LARGE * height // x.size), height // 2)
-    rows = max((rows for rows in range(1, most + 1) if height % rows == 0), default=0)
+    rows = max((n for n in range(1, most + 1) if height % n == 0), default=0)
     empty = -frames % _SUBLANES if frames > _SUBLANES // 2 else 0
     worth = rows >= max(margin, _LOW // 2) and 2 * empty <= frames
     return rows if worth and not partitioned.value else 0
 
 
-def in_parts(
+def frames_or_bands(
     frames: Callable, bands: Callable | None, whole: Callable, *args: Any, variant: str | None
 ) -> Any:
     """Calls `bands`, where there is one, on TPUs, else `frames`; the derivative is of `whole`.
@@ -139,28 +151,18 @@ def in_parts(
     all are convolved together. For one alone XLA cuts its width into eight, and copies it to that
     end and back.
     """
-    here = partitioned.value
 
-    @jax.custom_vjp
-    def run(*args):
-        if bands is None or variant == "frames":
+    def forward(*args):
+        if variant is not None:
+            return {"frames": frames, "bands": bands}[variant](*args)
+        if bands is None:
             return frames(*args)
-        if variant == "bands":
-            return bands(*args)
         return lax.platform_dependent(*args, cpu=frames, cuda=frames, rocm=frames, default=bands)
 
-    def placed(fn: Callable) -> Callable:
-        def call(*args):
-            with partitioned(here):
-                return fn(*args)
+    def backward(args, cotangent):
+        return jax.vjp(whole, *args)[1](cotangent)
 
-        return call
-
-    run.defvjp(
-        lambda *args: (placed(run)(*args), args),
-        placed(lambda args, cotangent: jax.vjp(whole, *args)[1](cotangent)),
-    )
-    return run(*args)
+    return _with_backward(forward, backward)(*args)
 
 
 def _is_huge(x: Float[Array, "b t h w c"]) -> bool:
@@ -282,7 +284,7 @@ def _tap_by_tap(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> Array:
 def _taps_as_products(x: Array, kernel: Array, pads: Pads, accumulator: Any) -> Array:
     """A product of matrices for each tap in time and row, of pixels that hold a row's taps.
 
-    For small arrays XLA for TPUs compiles it in half the time that a convolution takes.
+    For small arrays XLA for TPUs expects half the cycles of a convolution, and compiles it sooner.
     """
     (taps, down, across, i, o), x = kernel.shape, jnp.pad(x, [(0, 0)] * 2 + [*pads, (0, 0)])
     frames, height, width = x.shape[1] - taps + 1, x.shape[2] - down + 1, x.shape[3] - across + 1
@@ -303,7 +305,8 @@ def band_conv(
 ) -> Float[Array, "b t-kt+1 h-kh+1 w o"]:
     """A 3D convolution, valid in time and height, zero-padded to the same width; for TPUs.
 
-    The sum of one in 2D for each tap in time, which XLA adds up as it convolves.
+    The sum of one in 2D for each tap in time, which XLA adds up as it convolves: of bands it
+    expects fewer cycles than with taps as channels.
     """
     (taps, _, kw), b, frames = kernel.shape[:3], x.shape[0], x.shape[1] - kernel.shape[0] + 1
     total, pads = jnp.zeros((), _accumulator(x)), ((0, 0), (kw // 2, kw // 2))
@@ -392,8 +395,8 @@ __all__ = [
     "causal_conv",
     "doubling_conv",
     "frame_conv",
+    "frames_or_bands",
     "in_order",
-    "in_parts",
     "is_large",
     "partitioned",
     "pointwise_conv",

@@ -90,7 +90,7 @@ class Affine(NamedTuple):
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         """The result in at least float32, not yet rounded to the dtype of `x`."""
-        # Moments of each frame are a user's own.
+        # A user's own norm may have moments for each frame.
         return _applied(self, x) if self.mean.shape[1] == 1 else _apply(self, x)
 
     def of_frame(
@@ -120,11 +120,12 @@ class Affine(NamedTuple):
 
 
 def _scaled(y: Array, scale: Array, shift: Array) -> Array:
-    """By the nearest of `scale`, and of `shift`."""
+    """Scales and shifts every pixel by its nearest neighbours in `scale` and `shift`."""
     scale, shift = (_repeat_frames(s.astype(y.dtype), y.shape[1]) for s in (scale, shift))
     (h, w), (h2, w2) = y.shape[2:4], scale.shape[2:4]
     if h % h2 or w % w2:
-        return y * _nearest(scale, y.shape[1:4]) + _nearest(shift, y.shape[1:4])
+        scale, shift = (_repeat(_repeat(s, h, axis=2), w, axis=3) for s in (scale, shift))
+        return y * scale + shift
     # Broadcast, a cell of pixels to each number: enlarged arrays would be there in full.
     cells = y.reshape(*y.shape[:2], h2, h // h2, w2, w // w2, -1)
     scale, shift = (s[:, :, :, None, :, None] for s in (scale, shift))
@@ -328,14 +329,14 @@ def _repeat_frames(x: Array, frames: int) -> Array:
 
 def _sum_of_copies(x: Array, shape: tuple[int, ...]) -> Array:
     """The transpose of `_nearest`: to `shape`, the sum of all that were copied from one."""
-    (b, t, h, w, c), (_, sources, rows, columns, _) = x.shape, shape
+    (b, t, h, w, c), (_, sources, h2, w2, _) = x.shape, shape
     odd = int(t > 1 and t % 2 == 1)
-    if h % rows or w % columns or (t - odd) % (sources - odd):
+    if h % h2 or w % w2 or (t - odd) % (sources - odd):
         back = jax.linear_transpose(
             lambda s: _nearest(s, (t, h, w)), jax.ShapeDtypeStruct(shape, x.dtype)
         )
         return back(x)[0]
-    x = jnp.sum(x.reshape(b, t, rows, h // rows, columns, w // columns, c), axis=(3, 5))
+    x = jnp.sum(x.reshape(b, t, h2, h // h2, w2, w // w2, c), axis=(3, 5))
     rest = jnp.sum(x[:, odd:].reshape(b, sources - odd, -1, *x.shape[2:]), axis=2)
     return jnp.concatenate([x[:, :odd], rest], axis=1)
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from ._convolution import (
     band_conv,
+    frames_or_bands,
     in_order,
-    in_parts,
     is_large,
     pointwise_conv,
     rows_of_bands,
@@ -82,7 +82,11 @@ class ResnetBlock(eqx.Module):
         act, short = _ACTIVATIONS[self.act_fn], self.conv_shortcut
         cache1, cache2 = cache or ResnetCache()
         onto, beside = x, None
-        if short is not None and _in_parts(self.conv1, x) and x.shape[-1] == 2 * short.bias.size:
+        if (
+            short is not None
+            and _goes_in_parts(self.conv1, x)
+            and x.shape[-1] == 2 * short.bias.size
+        ):
             onto, beside = None, short  # the branch and the shortcut fit into x
         elif short is not None:
             onto = pointwise_conv(x, short.weight, short.bias)
@@ -125,20 +129,20 @@ def normed_conv(
     if beside is not None and (onto is not None or x.shape[-1] != 2 * beside.bias.size):
         raise ValueError("`beside` goes without `onto`, and must halve the channels.")
     args = (norm, conv, x, cache, latents, onto, beside)
-    if variant == "whole" or (variant is None and not _in_parts(conv, x)):
+    if variant == "whole" or (variant is None and not _goes_in_parts(conv, x)):
         return _normed_conv(act, *args)
     return _normed_conv_in_parts(act, variant, *args)
 
 
-def _in_parts(conv: Callable, x: Array) -> bool:
+def _goes_in_parts(conv: Callable, x: Array) -> bool:
     # What a user put in place of the convolution is called once, with all frames.
     return isinstance(conv, CausalConv3d) and conv.pad_mode != "replicate" and is_large(x)
 
 
 def _normed_conv(act, norm, conv, x, cache, latents, onto, beside):
-    own = x[..., : _width(norm)]
+    own = x[..., : _channels(norm)]
     y, cache = conv(act(_affine(norm, own, latents)(own)).astype(x.dtype), cache)
-    return _joined(y, x[..., _width(norm) :], x, onto, beside), cache
+    return _joined(y, x[..., _channels(norm) :], x, onto, beside), cache
 
 
 def _joined(y, beyond, x, onto, beside):
@@ -164,7 +168,7 @@ def _normed_conv_in_parts(act, variant, *args):
     high = rows_of_bands(x, _margin(conv)) if type(conv) is CausalConv3d else 0
     bands = on(functools.partial(_loop_over_bands, high)) if high else None
     frames, whole = on(_loop_over_frames), on(_normed_conv)
-    return in_parts(frames, bands, whole, arrays, variant=variant)
+    return frames_or_bands(frames, bands, whole, arrays, variant=variant)
 
 
 def _margin(conv: CausalConv3d) -> int:
@@ -174,45 +178,41 @@ def _margin(conv: CausalConv3d) -> int:
 
 def _loop_over_frames(act, norm, conv, x, cache, latents, onto, beside):
     """A loop whose carry is the cache of the convolution."""
-    count, width = x.shape[1], _width(norm)
-    affine = _affine(norm, x[..., :width], latents)
-
-    def normed(x, i):
-        return act(affine.of_frame(x[..., :width], i, count)).astype(x.dtype)
+    channels = _channels(norm)
+    normed = _of_frames(act, _affine(norm, x[..., :channels], latents), x)
+    x, before, cache = _caches(normed, conv, x, cache)
 
     def convolved(carry, i):
         before, result = carry
         now = frame(x if beside is None else result, i)
         y, seen = conv(normed(now, i), jnp.concatenate(before, axis=1) if before else None)
         own = None if onto is None else frame(result, i)
-        y = in_order(_joined(y, now[..., width:], now, own, beside))
+        y = in_order(_joined(y, now[..., channels:], now, own, beside))
         before = tuple(jnp.split(seen, len(before), axis=1)) if before else ()
         return (before, jax.lax.dynamic_update_slice_in_dim(result, y, i, axis=1)), None
 
-    x, before, cache = _caches(normed, conv, x, cache)
     before = () if before is None else tuple(jnp.split(before, before.shape[1], axis=1))
-    carry, index = (before, _room(x, conv, onto, beside)), jnp.arange(count, dtype=jnp.int32)
+    carry, index = (before, _room(x, conv, onto, beside)), jnp.arange(x.shape[1], dtype=jnp.int32)
     (_, y), _ = jax.lax.scan(convolved, carry, index)
     return jax.lax.optimization_barrier((y, cache))
 
 
 def _loop_over_bands(high, act, norm, conv, x, cache, latents, onto, beside):
-    """A loop over bands of so many rows; its carry are the rows above, normalised.
+    """A loop over bands of so many rows.
 
-    They may be written over when the band is read. A band is read with the rows below it; the
-    last one from higher up, and zeros take the place of what is below the frame.
+    It carries the last normalised rows of the band above, as the result may be written over their
+    source. Each band is read together with the rows below it. The last has none: it is read from
+    higher up, and zeros stand in below the frame.
     """
-    (count, height), width, margin = x.shape[1:3], _width(norm), _margin(conv)
-    affine = _affine(norm, x[..., :width], latents)
-    tall = affine.of_height(height)
+    height, channels, margin = x.shape[2], _channels(norm), _margin(conv)
+    affine = _affine(norm, x[..., :channels], latents)
+    x, before, cache = _caches(_of_frames(act, affine, x), conv, x, cache)
+    affine = affine.of_height(height)
 
-    def normed(x, i):
-        return act(affine.of_frame(x[..., :width], i, count)).astype(x.dtype)
-
-    def seen(x, start):
+    def normed(source, start):
         first = jnp.minimum(start, height - high - margin)
-        now = rows(x, first, high + margin)
-        y = act(tall.of_rows(now[..., :width], first)).astype(x.dtype)
+        now = rows(source, first, high + margin)
+        y = act(affine.of_rows(now[..., :channels], first)).astype(x.dtype)
         if before is not None:
             y = jnp.concatenate([rows(before, first, high + margin), y], axis=1)
         y = jnp.pad(y, ((0, 0), (0, 0), (0, margin), (0, 0), (0, 0)))
@@ -221,23 +221,28 @@ def _loop_over_bands(high, act, norm, conv, x, cache, latents, onto, beside):
     def convolved(carry, i):
         above, result = carry
         start, source = i * high, x if beside is None else result
-        y = jnp.concatenate([above, seen(source, start)], axis=2)
+        y = jnp.concatenate([above, normed(source, start)], axis=2)
         above = y[:, :, high : high + margin]
         y = band_conv(y, conv.conv.weight, conv.conv.bias)
         now, own = rows(source, start, high), None if onto is None else rows(result, start, high)
-        y = _joined(y, now[..., width:], now, own, beside)
+        y = _joined(y, now[..., channels:], now, own, beside)
         return (above, jax.lax.dynamic_update_slice_in_dim(result, y, start, axis=2)), None
 
-    x, before, cache = _caches(normed, conv, x, cache)
-    past = 0 if before is None else before.shape[1]
-    above = jnp.zeros_like(x, shape=(len(x), past + count, margin, x.shape[3], width))
+    seen = x.shape[1] + (0 if before is None else before.shape[1])
+    above = jnp.zeros_like(x, shape=(len(x), seen, margin, x.shape[3], channels))
     index = jnp.arange(height // high, dtype=jnp.int32)
     (_, y), _ = jax.lax.scan(convolved, (above, _room(x, conv, onto, beside)), index)
     return jax.lax.optimization_barrier((y, cache))
 
 
+def _of_frames(act, affine, x):
+    """What is normalised, and goes through the activation, of frame `i` of those of `x`."""
+    count, channels = x.shape[1], affine.bias.shape[-1]
+    return lambda x, i: act(affine.of_frame(x[..., :channels], i, count)).astype(x.dtype)
+
+
 def _caches(normed, conv, x, cache):
-    """`x`, the frames before it and those for a later call, normalised; both None of one tap.
+    """`x`, the normalised frames before it, and those to cache; the last two None of one tap.
 
     The cache is made apart, and before a loop may write over `x`: what the loop carries has the
     loop's layout, not that of a result, and left to XLA for TPUs the copies of all caches come
@@ -271,8 +276,8 @@ def _affine(norm, x, latents):
     return norm.affine(x) if latents is None else norm.affine(x, latents)
 
 
-def _width(norm: GroupNorm | SpatialNorm) -> int:
-    """Its channels."""
+def _channels(norm: GroupNorm | SpatialNorm) -> int:
+    """How many it takes."""
     return (norm.norm_layer if isinstance(norm, SpatialNorm) else norm).weight.size
 
 
