@@ -113,7 +113,7 @@ def is_large(x: Float[Array, "b t *rest"]) -> bool:
     return x.shape[1] > 1 and x.size >= LARGE
 
 
-def map_frames(fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]) -> Array:
+def _map_frames(fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]) -> Array:
     """`fn`, which takes frames one by one, of large arrays one after another.
 
     What it makes of them on its way is then there for one frame at a time.
@@ -349,7 +349,7 @@ def frame_conv(
         return _biased(conv2d(x, kernel, stride, pads), bias)
 
     apply = lambda x: _per_platform(cpu, default, x, kernel, bias, variant=None)  # noqa: E731
-    return map_frames(apply, x)
+    return _map_frames(apply, x)
 
 
 def doubling_conv(
@@ -373,7 +373,7 @@ def doubling_conv(
         return _biased(doubling_conv_by_phases(at_least_float32(x), at_least_float32(kernel)), bias)
 
     apply = lambda x: _per_platform(phases, doubled, x, kernel, bias, variant=variant)  # noqa: E731
-    return map_frames(apply, x)
+    return _map_frames(apply, x)
 
 
 def pointwise_conv(
