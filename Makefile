@@ -57,7 +57,7 @@ notebooks: .venv/.docs
 	$(BIN)/python -m jupytext --sync notebooks/*.py
 
 # The tests leave them here too: what they have executed is not executed again.
-build/notebooks/%.ipynb: notebooks/%.py $(wildcard eqx_cogvae/*.py eqx_cogvae/tiny/*) | .venv/.docs
+build/notebooks/%.ipynb: notebooks/%.py $(shell find eqx_cogvae -type f -not -name "*.pyc") | .venv/.docs
 	mkdir -p build/notebooks
 	JAX_PLATFORMS=cpu $(BIN)/python -m jupytext --to notebook --execute --output $@ $<
 

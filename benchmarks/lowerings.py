@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eqx_cogvae import _convolution
+from eqx_cogvae._lowering import convolution as _convolution
 
 PADS = ((1, 1), (1, 1))
 SHAPES = ["8x480x720x128x128", "8x240x360x256x256", "4x120x180x512x512", "2x60x90x512x512"]

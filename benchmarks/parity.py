@@ -15,7 +15,8 @@ import diffusers
 import numpy as np
 import torch
 
-from eqx_cogvae import __main__ as cli, _latents, video
+from eqx_cogvae import _latents, video
+from eqx_cogvae._cli import main as cli
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ from ._checkpoint import (
     from_pretrained as from_pretrained,
     save_pretrained as save_pretrained,
 )
-from ._clips import crop_frames as crop_frames, pad_frames as pad_frames
 from ._config import Config as Config
+from ._frames import crop_frames as crop_frames, pad_frames as pad_frames
 from ._latents import (
     Latents as Latents,
     fingerprint as fingerprint,
@@ -16,9 +16,10 @@ from ._latents import (
 )
 from ._plan import Cost as Cost, Plan as Plan, plan as plan
 from ._posterior import DiagonalGaussian as DiagonalGaussian
-from ._sharding import best_mesh as best_mesh, sharded as sharded
-from ._streams import as_uint8 as as_uint8, streamed as streamed
-from ._tiles import blend as blend, tiled as tiled
-from ._transforms import framewise as framewise, sliced as sliced
+from ._transforms.framewise import framewise as framewise
+from ._transforms.sharded import best_mesh as best_mesh, sharded as sharded
+from ._transforms.sliced import sliced as sliced
+from ._transforms.streamed import as_uint8 as as_uint8, streamed as streamed
+from ._transforms.tiled import blend as blend, tiled as tiled
 
 __version__ = "0.1.0"

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
-from ._clips import check_clip, check_range, memory_advice, warn_of_frames
-from ._config import LATENT_BATCH, SAMPLE_BATCH, Config
-from ._convolution import pointwise_conv
+from ._checks import check_clip, check_range, memory_advice, warn_of_frames
+from ._config import Config
+from ._frames import LATENT_BATCH, SAMPLE_BATCH
 from ._layers import CausalConv3d, Conv, Downsample, GroupNorm, SpatialNorm, Upsample
+from ._lowering.convolution import pointwise_conv
 from ._posterior import DiagonalGaussian
 from ._resnet import ResnetBlock, ResnetCache, normed_conv
-from ._transforms import framewise
+from ._transforms.framewise import framewise
 from ._types import AnyArray, Key
 
 _MID_RESNETS = 2

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ._frames import LATENT_BATCH, SAMPLE_BATCH, frame_batches
+
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
-SAMPLE_BATCH = 8
-LATENT_BATCH = 2
 # Beyond any network that fits a device, and where no size of an array overflows.
 _WIDEST = 2**16
 _DEEPEST = 12
@@ -174,11 +174,6 @@ class Config:
         return cls(**_PRESETS[key])
 
 
-def frame_batches(t: int, size: int) -> tuple[int, ...]:
-    """Frame counts of the batches that `t` frames are cut into; the first takes the remainder."""
-    return (t,) if t < size else (size + t % size,) + (size,) * (t // size - 1)
-
-
 def shown(value: Any) -> str:
     """The value as code, cut where it is long: a message stays a line."""
     short = reprlib.Repr()
@@ -263,4 +258,4 @@ def _is_number(value: Any) -> bool:
     return number and abs(value) <= sys.float_info.max
 
 
-__all__ = ["ACTIVATIONS", "LATENT_BATCH", "SAMPLE_BATCH", "Config", "frame_batches", "shown"]
+__all__ = ["ACTIVATIONS", "Config", "shown"]

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from ._checkpoint.tensors import FLOATS, Stored, read_header, write_safetensors
 from ._files import atomic
-from ._tensor_files import FLOATS, Stored, read_header, write_safetensors
 
 FORMAT = "eqx_cogvae.latents.1"
 _NAME = "latents"

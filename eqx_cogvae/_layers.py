@@ -10,7 +10,7 @@ import numpy as np
 from jax import named_scope
 from jaxtyping import Array, Float, Int
 
-from ._convolution import (
+from ._lowering.convolution import (
     causal_conv,
     doubling_conv,
     frame_conv,

@@ -11,11 +11,12 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from ._autoencoder import VAE
-from ._config import LATENT_BATCH, SAMPLE_BATCH, frame_batches
 from ._flops import flops
-from ._streams import streamed
-from ._tiles import Factor, spans, tiled
-from ._transforms import framewise, sliced
+from ._frames import LATENT_BATCH, SAMPLE_BATCH, frame_batches
+from ._transforms.framewise import framewise
+from ._transforms.sliced import sliced
+from ._transforms.streamed import streamed
+from ._transforms.tiled import Factor, spans, tiled
 
 _TILE = (240, 360)
 _OVERLAP = (1 / 6, 1 / 5)

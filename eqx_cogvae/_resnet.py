@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
-from ._convolution import (
+from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm, frame, rows
+from ._lowering.convolution import (
     band_conv,
     frames_or_bands,
     in_order,
@@ -18,7 +19,6 @@ from ._convolution import (
     pointwise_conv,
     rows_of_bands,
 )
-from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm, frame, rows
 from ._types import Key
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

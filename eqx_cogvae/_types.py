@@ -1,10 +1,12 @@
-"""Type aliases, and the dtype that sums are held in."""
+"""Type aliases, and small questions asked of arrays."""
 
 from typing import Any, TypeAlias
 
+import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 Cache: TypeAlias = Any
 """The last frames each causal convolution saw: a PyTree of arrays, or None at a clip's start."""
@@ -20,4 +22,9 @@ def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-__all__ = ["AnyArray", "Cache", "Key", "at_least_float32"]
+def is_traced(tree: PyTree) -> bool:
+    """Whether any array of `tree` stands for one that is not there yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+__all__ = ["AnyArray", "Cache", "Key", "at_least_float32", "is_traced"]

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reference import distance, normal
 
 import eqx_cogvae as cv
-from eqx_cogvae import _convolution, _layers, _winograd, training
+from eqx_cogvae import _layers, training
+from eqx_cogvae._lowering import convolution as _convolution, winograd as _winograd
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3

@@ -20,7 +20,8 @@ from reference import (
 )
 
 import eqx_cogvae as cv
-from eqx_cogvae import _convolution, _resnet
+from eqx_cogvae import _resnet
+from eqx_cogvae._lowering import convolution as _convolution
 
 # diffusers differs from itself by up to 3e-6 from one memory format to another.
 EQUAL = 1e-5

@@ -22,8 +22,13 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from reference import decode, distance, encode, normal, quietly, reference
 
 import eqx_cogvae as cv
-from eqx_cogvae import _checkpoint, _checkpoint_files
-from eqx_cogvae._checkpoint import from_original, from_pretrained, save_pretrained
+from eqx_cogvae._checkpoint import (
+    checkpoint as _checkpoint,
+    files as _checkpoint_files,
+    from_original,
+    from_pretrained,
+    save_pretrained,
+)
 
 # diffusers differs from itself by up to 3e-6 from one memory format to another.
 EQUAL = 1e-5

@@ -7,7 +7,8 @@ import pytest
 import safetensors.numpy
 
 import eqx_cogvae as cv
-from eqx_cogvae import __main__ as cli, _latents, video
+from eqx_cogvae import _latents, video
+from eqx_cogvae._cli import main as cli
 
 CONFIG = cv.Config(
     block_out_channels=(4, 4, 4, 8),

@@ -21,17 +21,14 @@ import numpy as np
 import pytest
 
 import eqx_cogvae as cv
-from eqx_cogvae import (
-    __main__ as cli,
-    _dataset_clips,
-    _dataset_commands,
-    _dataset_encode,
-    _dataset_sources,
-    _latents,
-    dataset,
-    video,
+from eqx_cogvae import _latents, dataset, video
+from eqx_cogvae._cli import dataset as _dataset_commands, main as cli
+from eqx_cogvae.dataset import (
+    Settings,
+    _clips as _dataset_clips,
+    _encode as _dataset_encode,
+    _sources as _dataset_sources,
 )
-from eqx_cogvae.dataset import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = cv.Config(

@@ -18,8 +18,7 @@ from PIL import Image
 from reference import distance, reference
 
 import eqx_cogvae as cv
-from eqx_cogvae import diffusers as adapter
-from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX, to_jax, to_torch
+from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX, _memory, to_jax, to_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # Halving once, so that few programs are compiled; frames go from 9 to 5.
@@ -492,7 +491,7 @@ def test_what_the_other_side_lacks(convert, thing, message):
 
 
 def python(code):
-    environment = {k: v for k, v in os.environ.items() if k != adapter._PREALLOCATE}
+    environment = {k: v for k, v in os.environ.items() if k != _memory._PREALLOCATE}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -510,26 +509,26 @@ def test_what_is_missing_is_named(missing):
 
 def test_jax_takes_gpu_memory_as_it_needs_it():
     code = f"""
-import os
+import os, jax
 from eqx_cogvae import diffusers
-print(os.environ[{adapter._PREALLOCATE!r}])
+print(os.environ[{_memory._PREALLOCATE!r}])
 for value in ("true", None):
-    os.environ.pop({adapter._PREALLOCATE!r})
+    os.environ.pop({_memory._PREALLOCATE!r})
     if value is not None:
-        os.environ[{adapter._PREALLOCATE!r}] = value
+        os.environ[{_memory._PREALLOCATE!r}] = value
     else:
-        diffusers.jax.devices()  # on a CPU there is nothing to say then
+        jax.devices()  # on a CPU there is nothing to say then
     diffusers._leave_memory_to_torch()
-    print(os.environ.get({adapter._PREALLOCATE!r}))
+    print(os.environ.get({_memory._PREALLOCATE!r}))
 """
     assert python(code) == ["false", "true", "None"]
 
 
 def test_a_gpu_that_jax_has_taken(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.delenv(adapter._PREALLOCATE, raising=False)
+    monkeypatch.delenv(_memory._PREALLOCATE, raising=False)
     jax.devices()
     with pytest.warns(UserWarning, match=r"from torch: set XLA_PYTHON_CLIENT_PREALLOCATE=false"):
-        adapter._leave_memory_to_torch()
-    monkeypatch.setenv(adapter._PREALLOCATE, "true")
-    adapter._leave_memory_to_torch()
+        _memory.leave_memory_to_torch()
+    monkeypatch.setenv(_memory._PREALLOCATE, "true")
+    _memory.leave_memory_to_torch()

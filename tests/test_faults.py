@@ -18,7 +18,8 @@ import pytest
 from reference import normal
 
 import eqx_cogvae as cv
-from eqx_cogvae import __main__ as cli, _clips, _latents, training, video
+from eqx_cogvae import _checks as _clips, _latents, training, video
+from eqx_cogvae._cli import main as cli
 
 resource = pytest.importorskip("resource", reason="limits on files are of Unix")
 
@@ -246,8 +247,8 @@ def test_an_interrupted_stream_is_resumable(at, monkeypatch):
     """Signalled within a step, after which the old cache is gone."""
     x, calls = normal((1, 9, 1, 1, 1)), []
     due = np.asarray(cv.framewise(counting, 2)(x))
-    real, interrupt = cv._streams.jitted_step, interrupting(calls, at)
-    monkeypatch.setattr(cv._streams, "jitted_step", lambda *a: interrupt(real(*a)))
+    real, interrupt = cv._transforms.streamed.jitted_step, interrupting(calls, at)
+    monkeypatch.setattr(cv._transforms.streamed, "jitted_step", lambda *a: interrupt(real(*a)))
     stream, done = cv.streamed(counting, 2)(x), []
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         done.extend(np.asarray(piece) for piece in stream)
@@ -263,7 +264,7 @@ def test_a_second_interrupt_is_not_held_back(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cv._streams, "jitted_step", step)
+    monkeypatch.setattr(cv._transforms.streamed, "jitted_step", step)
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         next(cv.streamed(counting, 2)(normal((1, 3, 1, 1, 1))))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

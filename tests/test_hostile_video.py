@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 
 import eqx_cogvae as cv
-from eqx_cogvae import __main__ as cli, _latents, video
+from eqx_cogvae import _latents, video
+from eqx_cogvae._cli import main as cli
 
 LEVELS = (30, 70, 110, 150, 190)
 

@@ -12,7 +12,8 @@ from diffusers.models.upsampling import CogVideoXUpsample3D
 from jax.test_util import check_grads
 from reference import distance, from_torch, normal, to_torch
 
-from eqx_cogvae import _convolution, _layers, _resnet, _winograd
+from eqx_cogvae import _layers, _resnet
+from eqx_cogvae._lowering import convolution as _convolution, winograd as _winograd
 
 KEY = jax.random.key(0)
 

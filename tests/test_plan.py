@@ -8,7 +8,8 @@ import pytest
 from reference import distance, normal
 
 import eqx_cogvae as cv
-from eqx_cogvae import _convolution, _flops, _plan
+from eqx_cogvae import _flops, _plan
+from eqx_cogvae._lowering import convolution as _convolution
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings, strategies as st
 from reference import decode, distance, encode, normal, pair
 
 import eqx_cogvae as cv
-from eqx_cogvae import _tiles
+from eqx_cogvae._transforms import tiled as _tiles
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3

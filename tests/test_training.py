@@ -10,6 +10,7 @@ from reference import distance, normal
 
 import eqx_cogvae as cv
 from eqx_cogvae import training, video
+from eqx_cogvae._checkpoint import tensor_names
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4
@@ -37,7 +38,7 @@ def flat(tree):
 
 def changed(before, after):
     """Names of the tensors that differ."""
-    names = jax.tree.leaves(training.tensor_names(before))
+    names = jax.tree.leaves(tensor_names(before))
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return {n for n, (a, b) in zip(names, pairs, strict=True) if not np.array_equal(a, b)}
 
@@ -164,7 +165,7 @@ def test_every_resnet_block_is_rematerialised(vae, clips):
 def test_only_what_is_chosen_is_trained(trainable, due, vae, clips):
     trainer = training.Trainer(optax.adam(1e-3), trainable=trainable)
     state, _ = trainer.step(trainer.init(vae), clips, jax.random.key(0))
-    names = set(jax.tree.leaves(training.tensor_names(vae)))
+    names = set(jax.tree.leaves(tensor_names(vae)))
     assert changed(vae, state.model) == set(filter(due, names))
     assert changed(vae, state.average) == set(filter(due, names))
     momenta = sum(leaf.ndim > 0 for leaf in jax.tree.leaves(state.optimiser))

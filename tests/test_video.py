@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from eqx_cogvae import video
+from eqx_cogvae.video import _read
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_resize_is_antialiased(tmp_path):
 
 def test_rotation_is_applied(monkeypatch, file):
     upright = video.read(file, frames=1)
-    monkeypatch.setattr(video, "_turns", lambda frame: 1)
+    monkeypatch.setattr(_read, "_turns", lambda frame: 1)
     turned = video.read(file, frames=1)
     np.testing.assert_array_equal(turned[0, 0], np.rot90(upright[0, 0]))
     assert (video.info(file).height, video.info(file).width) == (64, 48)

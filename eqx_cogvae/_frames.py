@@ -1,0 +1,63 @@
+"""How clips are cut into frame batches, and frame counts that round-trip."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from ._types import AnyArray
+
+SAMPLE_BATCH = 8
+LATENT_BATCH = 2
+
+
+def frame_batches(t: int, size: int) -> tuple[int, ...]:
+    """Frame counts of the batches that `t` frames are cut into; the first takes the remainder."""
+    return (t,) if t < size else (size + t % size,) + (size,) * (t // size - 1)
+
+
+def pad_frames(video: Float[AnyArray, "b t h w c"]) -> tuple[Float[AnyArray, "b t2 h w c"], int]:
+    """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`.
+
+    **Raises:** `ValueError` unless there are five axes.
+    """
+    check_axes(video, "video", "channels")
+    t = video.shape[1]
+    missing = (1 - t) % SAMPLE_BATCH
+    if not missing:
+        return video, t
+    return _repeated(video, missing), t
+
+
+@eqx.filter_jit
+def _repeated(video: AnyArray, count: int) -> AnyArray:
+    return jnp.concatenate([video, jnp.repeat(video[:, -1:], count, axis=1)], axis=1)
+
+
+def crop_frames(video: Float[AnyArray, "b t2 h w c"], t: int) -> Float[AnyArray, "b t h w c"]:
+    """The first `t` frames: undoes `pad_frames` after decoding.
+
+    **Raises:** `ValueError` for more frames than there are, or unless there are five axes.
+    """
+    check_axes(video, "video", "channels")
+    if not 0 < t <= video.shape[1]:
+        raise ValueError(f"cannot crop {video.shape[1]} frames to {t}.")
+    return video[:, :t]
+
+
+def check_axes(x: AnyArray, what: str, channels: str) -> None:
+    if x.ndim != 5:
+        raise ValueError(
+            f"{what} must have five axes, (batch, frames, height, width, {channels}), "
+            f"got shape {x.shape}; add a batch axis with `[None]` if it lacks one, and to grey "
+            "video channels with `jnp.repeat(x[..., None], 3, -1)`."
+        )
+
+
+__all__ = [
+    "LATENT_BATCH",
+    "SAMPLE_BATCH",
+    "check_axes",
+    "crop_frames",
+    "frame_batches",
+    "pad_frames",
+]

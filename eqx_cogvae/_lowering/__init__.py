@@ -1,0 +1,1 @@
+"""How each operation of the model runs on each platform."""

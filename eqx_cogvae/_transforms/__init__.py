@@ -1,0 +1,1 @@
+"""Transforms of functions of arrays: frame batches, streams, slices, tiles, devices."""

@@ -1,0 +1,45 @@
+"""One clip at a time."""
+
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jaxtyping import Array, PyTree, Shaped
+
+from .._types import is_traced
+from .base import Transform, call, join
+
+
+class Sliced(Transform):
+    """See `sliced`."""
+
+    fn: Callable
+
+    def __call__(self, *args: PyTree[Shaped[Array, "_ ..."]]) -> PyTree[Shaped[Array, "b ..."]]:
+        batch = {leaf.shape[0] for leaf in jax.tree.leaves(args)}
+        if len(batch) != 1:
+            raise ValueError(f"arguments must share their first axis, got sizes {sorted(batch)}.")
+        if is_traced((self, args)):
+            return lax.map(lambda element: _first(self.fn(*_batch_of_one(element))), args)
+        elements = (jax.tree.map(lambda a, i=i: a[i : i + 1], args) for i in range(batch.pop()))
+        return join([call(self.fn, *element) for element in elements], axis=0)
+
+
+def sliced(fn: Callable) -> Sliced:
+    """Calls `fn` on one element of axis 0 at a time, and joins the results: less memory.
+
+    Equals `fn` itself, to rounding, where that treats the elements of a batch alike. Every array
+    of the arguments and of the result must have the batch as axis 0.
+    """
+    return Sliced(fn)
+
+
+def _batch_of_one(tree: PyTree[Array]) -> PyTree[Array]:
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def _first(tree: PyTree[Array]) -> PyTree[Array]:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+__all__ = ["sliced"]

@@ -1,0 +1,227 @@
+"""Videos to latents, on the devices of this process."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from .._autoencoder import VAE
+from .._latents import Latents, save_latents
+from .._posterior import DiagonalGaussian
+from .._transforms.base import jitted_step
+from .._types import Cache
+from ._clips import Ahead, Begin, Broken, End, Finished, ahead, events
+from ._sources import Item
+from ._store import Entry, Record, Store, prepared
+
+
+@dataclasses.dataclass
+class Result:
+    """What a source gave: its clips, of which `written` are new, why there are no more, seconds."""
+
+    source: str
+    clips: list[Entry] = dataclasses.field(default_factory=list)
+    written: int = 0
+    problem: str | None = None
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spend(what, time.perf_counter() - begun)
+
+    def spend(self, what: str, seconds: float) -> None:
+        self.spent[what] = self.spent.get(what, 0.0) + seconds
+
+
+class PixelStep(eqx.Module):
+    """`VAE.encode_step` of pixels, which are a quarter of the bytes on their way to the device."""
+
+    vae: VAE
+
+    def __call__(
+        self, pixels: UInt8[Array, "b t h w c"], cache: Cache = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 z"], Cache]:
+        return self.vae.encode_step(pixels.astype(jnp.float32) / 127.5 - 1, cache)
+
+
+class Encoder:
+    """Encodes videos into a store, with as many threads that decode ahead."""
+
+    def __init__(self, vae: VAE, store: Store, fingerprint: str, threads: int):
+        self._config, self._store, self._threads = vae.config, store, threads
+        self._fingerprint = fingerprint
+        self._dtype = vae.dtype.name
+        devices = jax.local_devices()
+        self._steps = [PixelStep(_on(vae, device)) for device in devices]
+
+    def __call__(self, items: Iterable[Item]) -> Iterator[Result]:
+        """The results of videos as they come: in order, where there is one device."""
+        cell = self._config.spatial_compression
+        threads = max(self._threads, len(self._steps))
+        feeds = ahead(items, lambda item: events(item, self._store, cell), threads)
+        # Closed also when an error leaves this: else threads would wait for a reader for ever.
+        with contextlib.closing(feeds):
+            if len(self._steps) == 1:
+                for item, feed in feeds:
+                    yield self._encode(item, feed, self._steps[0])
+                return
+            yield from _shared(feeds, [self._on_device(step) for step in self._steps])
+
+    def _on_device(self, step: PixelStep) -> Callable[[tuple[Item, Ahead]], Result]:
+        return lambda pair: self._encode(*pair, step)
+
+    def _encode(self, item: Item, feed: Ahead, step: PixelStep) -> Result:
+        result = Result(item.name)
+        clip: Begin | None = None
+        moments, cache = [], None
+        for event in _timed(feed, result):
+            if isinstance(event, Begin):
+                clip, moments, cache = event, [], None
+            elif isinstance(event, np.ndarray):
+                with result.timing("encode"):
+                    moment, cache = jitted_step((step, event), cache)
+                    moments.append(np.asarray(moment))
+            elif isinstance(event, End) and clip is not None:
+                self._end(item, clip, event, moments, result)
+            elif isinstance(event, Finished):
+                self._finish(item, event, result)
+            elif isinstance(event, Broken):
+                result.problem = event.reason
+        result.spend("decode", feed.seconds)
+        result.clips = [item.fields | entry for entry in result.clips]
+        return result
+
+    def _end(
+        self, item: Item, clip: Begin, end: End, moments: list[np.ndarray], result: Result
+    ) -> None:
+        if not end.frames or result.problem:
+            return
+        if clip.wanted:
+            try:
+                with result.timing("write"):
+                    latents = self._latents(item, clip, end, np.concatenate(moments, axis=1))
+                    path = prepared(self._store.path(clip.id))
+                    save_latents(path, latents, layout=self._store.settings.layout)
+            except ValueError as error:
+                result.problem = f"frames from {clip.start} on: {error}"
+                return
+            result.written += 1
+        result.clips.append(self._entry(item, clip, end))
+
+    def _finish(self, item: Item, event: Finished, result: Result) -> None:
+        if event.clips is not None:
+            result.clips = event.clips
+        elif not result.problem:
+            record = Record(item.name, event.frames, result.clips)
+            self._store.finish(item.name, event.sha256, record)
+        if not result.clips and not result.problem:
+            result.problem = (
+                f"holds {event.frames} frames, a clip {self._store.settings.frames}: "
+                "choose fewer frames, or another tail than drop."
+            )
+
+    def _latents(self, item: Item, clip: Begin, end: End, moments: np.ndarray) -> Latents:
+        array, _ = np.split(moments, 2, axis=-1)
+        kind, logvar, seed = self._store.settings.latents, None, None
+        # The mean alone is at hand: what JAX does, it would compile for each length anew.
+        if kind != "mode":
+            posterior = DiagonalGaussian.from_moments(jnp.asarray(moments))
+            if kind == "posterior":
+                logvar = np.asarray(posterior.logvar)
+            else:
+                seed = self._store.seed(clip.sha256, clip.start)
+                array = np.asarray(posterior.sample(jax.random.key(seed)))
+        return Latents(
+            array,
+            logvar=logvar,
+            seed=seed,
+            scaling_factor=self._config.scaling_factor,
+            invert_scale_latents=self._config.invert_scale_latents,
+            fps=clip.fps,
+            height=clip.size[0],
+            width=clip.size[1],
+            frames=end.frames,
+            padded=end.padded,
+            fingerprint=self._fingerprint,
+            source=item.name,
+            source_sha256=clip.sha256,
+            start=clip.start,
+        )
+
+    def _entry(self, item: Item, clip: Begin, end: End) -> Entry:
+        settings, config = self._store.settings, self._config
+        height, width = (side // config.spatial_compression for side in clip.size)
+        shape = [1, config.latent_frames(end.padded), height, width, config.latent_channels]
+        if settings.layout == "BCTHW":
+            shape.insert(1, shape.pop())
+        entry = {
+            "id": clip.id,
+            "source": item.name,
+            "source_sha256": clip.sha256,
+            "start": clip.start,
+            "frames": end.frames,
+            "padded": end.padded,
+            "fps": clip.fps,
+            "height": clip.size[0],
+            "width": clip.size[1],
+            "latents": settings.latents,
+            "shape": shape,
+            "layout": settings.layout,
+            "dtype": self._dtype,
+            "scaling_factor": config.scaling_factor,
+            "fingerprint": self._fingerprint,
+        }
+        if settings.latents == "sample":
+            entry["seed"] = self._store.seed(clip.sha256, clip.start)
+        return entry
+
+
+def _timed(feed: Ahead, result: Result) -> Iterator[Any]:
+    feed_events = iter(feed)
+    while True:
+        with result.timing("wait"):
+            event = next(feed_events, None)
+        if event is None:
+            return
+        yield event
+
+
+def _on(vae: VAE, device: Any) -> VAE:
+    arrays, rest = eqx.partition(vae, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, device), rest)
+
+
+def _shared(items: Iterator[Any], workers: list[Callable[[Any], Any]]) -> Iterator[Any]:
+    """Results of items, of which each worker takes the next when it is free."""
+    lock = threading.Lock()
+
+    def take(worker: Callable[[Any], Any]) -> Any:
+        with lock:
+            item = next(items, None)
+        return None if item is None else (worker, worker(item))
+
+    with ThreadPoolExecutor(len(workers), "device") as pool:
+        running = {pool.submit(take, worker) for worker in workers}
+        while running:
+            future = next(as_completed(running))
+            running.discard(future)
+            done = future.result()
+            if done is not None:
+                running.add(pool.submit(take, done[0]))
+                yield done[1]
+
+
+__all__ = ["Encoder", "PixelStep", "Result"]

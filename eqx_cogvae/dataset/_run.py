@@ -1,0 +1,270 @@
+"""Runs over whole datasets."""
+
+import dataclasses
+import math
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .. import video
+from .._autoencoder import VAE
+from .._latents import check_layout, exact_fingerprint, fingerprint
+from ._decode import Decoder
+from ._encode import Encoder, Result
+from ._sources import LATENTS, VIDEOS, find, shard_of
+from ._store import Settings as Settings, Store, suffix_of, write_lines
+
+ENGINES = ("local", "ray")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is: sources done of all, clips written, seconds passed.
+
+    `fresh` counts the sources that gave new clips.
+    """
+
+    sources: int
+    of: int
+    written: int
+    seconds: float
+    fresh: int = 0
+
+    @property
+    def clips_per_second(self) -> float:
+        """Clips written in a second, so far."""
+        return self.written / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of the sources that were not done before; None before the first."""
+        if not self.fresh:
+            return None
+        return (self.of - self.sources) * self.seconds / self.fresh
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run came to; as text, a table.
+
+    `clips` counts all that there are now, `written` those that this run added; `skipped` has
+    the name and the reason of each source that was not read to its end. `spent` is seconds: of
+    the threads that decode videos, and of the encoder in waiting for them, in the model, and in
+    writing. Little `wait` means that the model is the bottleneck.
+    """
+
+    sources: int
+    clips: int
+    written: int
+    skipped: tuple[tuple[str, str], ...]
+    seconds: float
+    spent: Mapping[str, float]
+
+    def __str__(self) -> str:
+        rows = [
+            ("sources", f"{self.sources}"),
+            ("skipped", f"{len(self.skipped)}"),
+            ("clips", f"{self.clips}"),
+            ("written now", f"{self.written}"),
+            ("clips per second", f"{self.written / max(self.seconds, 1e-9):.2f}"),
+            ("seconds", f"{self.seconds:.1f}"),
+            *((f"seconds in {name}", f"{spent:.1f}") for name, spent in self.spent.items()),
+        ]
+        return "\n".join(f"{name:18}{value:>12}" for name, value in rows)
+
+
+Watch: TypeAlias = Callable[[Progress], Any]
+
+
+def encode(
+    vae: VAE,
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    settings: Settings | None = None,
+    *,
+    container: str = "safetensors",
+    per_tar: int = 1000,
+    shard: tuple[int, int] = (0, 1),
+    engine: str = "local",
+    decoders: int = 2,
+    actors: int | None = None,
+    progress: Watch | None = None,
+) -> Summary:
+    """Encodes the videos of a dataset, clip by clip, into latents files.
+
+    !!! Example
+
+        ```python
+        from pathlib import Path
+        from eqx_cogvae import dataset, video
+
+        Path("videos").mkdir(exist_ok=True)
+        video.write("videos/a.mp4", video.procedural_clip(20, 64, 96))
+        summary = dataset.encode(vae, "videos", "latents", dataset.Settings(frames=9))
+        assert (summary.sources, summary.clips) == (1, 2)
+        ```
+
+    `destination` gets `latents/xx/NAME-START-KEY.safetensors`, which `python -m eqx_cogvae decode`
+    reads; `manifest.jsonl`, a line for each clip of these sources and settings; `skipped.jsonl`,
+    the sources that could not be read to their end, each with its reason; and `records/`, by
+    which a later run knows finished videos. Clips before a fault are kept. KEY is a hash of the
+    video's bytes and name, the settings, every bit of the weights, and where the clip begins.
+    One clip is encoded at a time, so its bytes depend on nothing but these, on one kind of device
+    and one version of JAX.
+
+    **Arguments:**
+
+    - `source`: a folder; a WebDataset tar, or a folder of them; a list of files as `.txt`,
+        `.csv` or `.jsonl`, under `video`, `path`, `file` or `file_name`, whose other columns go
+        into the manifest; or one video.
+    - `container`: `"safetensors"`, or `"webdataset"`: at the end of the run the files move into
+        `latents-000000.tar` and so on.
+    - `per_tar`: clips in a tar.
+    - `shard`: `(i, n)`, every n-th video from the i-th on; all shards may share a destination.
+        Their lists are `manifest-i-of-n.jsonl`.
+    - `engine`: `"local"`, on every device of this process, or `"ray"`, Ray Data, with an actor
+        for each accelerator of the cluster; sources and destination must be there on each node.
+    - `decoders`: threads that decode videos ahead of the model, per process.
+    - `actors`: for Ray, how many at most; None is one for each accelerator.
+    - `progress`: called with a `Progress` after each video.
+
+    **Raises:** `FileNotFoundError` or `ValueError` for a source that is not there, or settings
+    that do not suit the model; `OSError` where results can not be written; `ImportError` for an
+    extra that is missing.
+    """
+    settings = settings or Settings()
+    _check(vae, settings, engine, decoders)
+    items = shard_of(find(Path(source), VIDEOS), shard)
+    root = _folder(destination)
+    store = Store(root, settings, exact_fingerprint(vae), container, per_tar, shard)
+    results: Iterable[Result]
+    if engine == "ray":
+        from ._ray import encode_with_ray
+
+        results = encode_with_ray(vae, store, items, threads=decoders, actors=actors)
+    else:
+        results = Encoder(vae, store, fingerprint(vae), decoders)(items)
+    gathered, seconds = _gathered(results, len(items), progress)
+    clips = [clip for result in gathered for clip in result.clips]
+    store.close(clips, _skipped(gathered))
+    return _summary(gathered, seconds, ("decode", "wait", "encode", "write"))
+
+
+def decode(
+    vae: VAE,
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    fps: float | int | None = None,
+    layout: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 2,
+    progress: Watch | None = None,
+) -> Summary:
+    """Decodes latents files, those of `encode` or of others, into `.mp4` files for looking at.
+
+    `destination` gets `NAME-KEY.mp4`, a `manifest.jsonl` of what was made of what, and
+    `skipped.jsonl`; KEY is a hash of the file, its name, the weights and the options, so that a
+    run that is repeated does only what is missing.
+
+    **Arguments:**
+
+    - `source`: a folder of `.safetensors`, or of WebDataset tars that hold such; a tar; a list, as
+        for `encode`; or one file.
+    - `fps`: of the videos; None is what the file says, or 8.
+    - `layout`: of latents whose file does not say.
+    - `shard`, `progress`: as for `encode`.
+    - `threads`: how many files at a time: one is compressed while another decodes.
+
+    **Raises:** as `encode`. Warns of latents that another model encoded.
+    """
+    if layout is not None:
+        check_layout(layout)
+    _check_counts(threads=threads)
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"`fps` must be a positive number, got {fps}.")
+    video.check_installed()
+    items = shard_of(find(Path(source), LATENTS), shard)
+    root = _folder(destination)
+    decoder = Decoder(vae, root, exact_fingerprint(vae), fps, layout, threads)
+    gathered, seconds = _gathered(decoder(items), len(items), progress)
+    clips = [clip for result in gathered for clip in result.clips]
+    suffix = suffix_of(shard)
+    write_lines(root / f"manifest{suffix}.jsonl", clips)
+    write_lines(root / f"skipped{suffix}.jsonl", _skipped(gathered))
+    _warn_of_others(clips, fingerprint(vae))
+    return _summary(gathered, seconds, ("read", "decode", "write"))
+
+
+def _check(vae: VAE, settings: Settings, engine: str, decoders: int) -> None:
+    cell = vae.config.spatial_compression
+    wrong = [size for size in settings.sizes if size[0] % cell or size[1] % cell]
+    if wrong:
+        near = tuple(max(cell, round(side / cell) * cell) for side in wrong[0])
+        raise ValueError(f"`sizes` must be multiples of {cell}, got {wrong[0]}: try {near}.")
+    if engine not in ENGINES:
+        raise ValueError(f"`engine` is one of {', '.join(ENGINES)}, got {engine!r}.")
+    _check_counts(decoders=decoders)
+    video.check_installed()
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+
+
+def _folder(destination: str | os.PathLike) -> Path:
+    root = Path(destination)
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file: name a folder for the results.")
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def _gathered(
+    results: Iterable[Result], count: int, progress: Watch | None
+) -> tuple[list[Result], float]:
+    """All results, by their sources' names, and the seconds they took."""
+    begun = time.perf_counter()
+    gathered, written, fresh = [], 0, 0
+    for result in results:
+        gathered.append(result)
+        written += result.written
+        fresh += bool(result.written)
+        if progress is not None:
+            passed = time.perf_counter() - begun
+            progress(Progress(len(gathered), count, written, passed, fresh))
+    gathered.sort(key=lambda result: result.source)
+    return gathered, time.perf_counter() - begun
+
+
+def _skipped(results: Iterable[Result]) -> list[dict[str, Any]]:
+    return [{"source": r.source, "reason": r.problem} for r in results if r.problem]
+
+
+def _summary(results: list[Result], seconds: float, names: tuple[str, ...]) -> Summary:
+    spent = {name: sum(result.spent.get(name, 0.0) for result in results) for name in names}
+    return Summary(
+        len(results),
+        sum(len(result.clips) for result in results),
+        sum(result.written for result in results),
+        tuple((result.source, result.problem) for result in results if result.problem),
+        seconds,
+        spent,
+    )
+
+
+def _warn_of_others(clips: list[dict[str, Any]], mine: str) -> None:
+    others = Counter(c["encoded_by"] for c in clips if c["encoded_by"] not in (None, mine))
+    for other, count in sorted(others.items()):
+        warnings.warn(
+            f"{count} latents were encoded by model {other}, and this is {mine}.", stacklevel=3
+        )
+
+
+__all__ = ["Progress", "Settings", "Summary", "decode", "encode"]
