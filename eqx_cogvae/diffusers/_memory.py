@@ -26,7 +26,7 @@ def _has_started() -> bool:
     """True once JAX has devices; asking does not start it."""
     # JAX has no public function for this. It refuses to change the number of its CPU devices
     # once it has started, so the answer is whether such a change is refused.
-    count = jax.config.jax_num_cpu_devices
+    count = jax.config.jax_num_cpu_devices  # pyright: ignore
     try:
         jax.config.update("jax_num_cpu_devices", 2 if count == 1 else 1)
     except RuntimeError:
