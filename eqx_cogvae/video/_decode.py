@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,11 @@ REORDERED = 32
 
 # Decoders that return neither a frame nor an error where a frame's header is spoilt. Only those
 # are listed that give one frame for each packet: a missing frame then shows in the times.
-_SILENT = ("hevc",)
+_SILENT = ("hevc", "av1", "libdav1d", "libaom-av1")
+
+
+# Seconds by which a Matroska file may be shorter than it says.
+_ROUNDING = 1
 
 
 @contextlib.contextmanager
@@ -91,12 +96,11 @@ class _Decoding:
 
     def __init__(self, path: str | os.PathLike, container: Any, stream: Any, corrupt: Corrupt):
         self._path, self._stream, self._corrupt = path, stream, corrupt
+        self._format = container.format.name
         self._demuxed = container.demux(stream)
-        # MPEG-TS marks the packet before a splice as incomplete, though nothing is missing.
-        self._trusts_marks = container.format.name != "mpegts"
         self._is_silent = stream.codec_context.name in _SILENT
         self._error = pyav().error
-        self._packets = self._discarded = self._frames = 0
+        self._packets = self._discarded = self._frames = self._end = 0
         self._recent: deque[tuple[int, int]] = deque(maxlen=2 * REORDERED)
         self._marked: set[int] = set()
         self._due: set[int] = set()
@@ -144,7 +148,9 @@ class _Decoding:
             self._due.clear()
             self._latest = None
         self._recent.append((packet.dts, packet.pts))
-        if packet.is_corrupt and self._trusts_marks:
+        self._end = max(self._end, packet.pts + (packet.duration or 0))
+        # MPEG-TS marks the packet before a splice as incomplete, though nothing is missing.
+        if packet.is_corrupt and self._format != "mpegts":
             self._marked.add(packet.pts)
         # Frames that are shown before the first one that can be decoded are left out silently:
         # the file begins in the middle of a recording.
@@ -193,6 +199,17 @@ class _Decoding:
             raise truncation(self._path, self._stream, self._packets)
         if self._due:
             raise self._damage(self._frames, "it cannot be decoded")
+        # Matroska's index lists some frames only, but most files say how long each stream is.
+        stated = self._stream.metadata.get("DURATION", "")
+        if self._format.startswith("matroska") and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stated):
+            hours, minutes, seconds = stated.split(":")
+            due = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+            there = float(self._end * self._stream.time_base)
+            if there + _ROUNDING < due:
+                raise ValueError(
+                    f"{self._path} is truncated: {there:.1f} of {due:.1f} seconds are there, copy "
+                    "it again, or ask for a range of frames that it has."
+                )
 
     def _damage(self, number: int, reason: str | None) -> ValueError:
         """Returns an error that names the frame, or says that the file ends too early."""

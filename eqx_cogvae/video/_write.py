@@ -84,7 +84,9 @@ def encode(
             f"frames must have 1 to {LONGEST_SIDE} pixels a side, got {first.shape[0]}x"
             f"{first.shape[1]}."
         )
-    kind = {"options": {"movflags": "faststart"}} if isinstance(target, str) else {"format": "mp4"}
+    kind: dict[str, Any] = {"format": "mp4"} if isinstance(target, io.BytesIO) else {}
+    if isinstance(target, str) and not target.endswith(".mkv"):
+        kind = {"options": {"movflags": "faststart"}}
     with naming(name):
         container = av.open(target, "w", **kind)
     try:
