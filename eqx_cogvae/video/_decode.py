@@ -31,9 +31,9 @@ _READABLE = {
 REORDERED = 32
 
 
-# Decoders that return neither a frame nor an error where a frame's header is spoilt. Only those
-# are listed that give one frame for each packet: a missing frame then shows in the times.
-_SILENT = ("hevc", "av1", "libdav1d", "libaom-av1")
+# Decoders that report a spoilt frame late or not at all. They give one frame for each packet, so
+# the times show which frame is missing.
+_UNRELIABLE = ("hevc", "av1", "libdav1d", "libaom-av1")
 
 
 # Seconds by which a Matroska file may be shorter than it says.
@@ -98,13 +98,14 @@ class _Decoding:
         self._path, self._stream, self._corrupt = path, stream, corrupt
         self._format = container.format.name
         self._demuxed = container.demux(stream)
-        self._is_silent = stream.codec_context.name in _SILENT
+        self._is_unreliable = stream.codec_context.name in _UNRELIABLE
         self._error = pyav().error
         self._packets = self._discarded = self._frames = self._end = 0
         self._recent: deque[tuple[int, int]] = deque(maxlen=2 * REORDERED)
         self._marked: set[int] = set()
         self._due: set[int] = set()
         self._latest: int | None = None
+        self._failure: str | None = None
 
     def __iter__(self) -> Iterator[Any]:
         for packet in self._read_packets():
@@ -152,9 +153,8 @@ class _Decoding:
         # MPEG-TS marks the packet before a splice as incomplete, though nothing is missing.
         if packet.is_corrupt and self._format != "mpegts":
             self._marked.add(packet.pts)
-        # Frames that are shown before the first one that can be decoded are left out silently:
-        # the file begins in the middle of a recording.
-        if self._latest is not None and packet.pts > self._latest and not packet.is_discard:
+        is_later = self._latest is None or packet.pts > self._latest
+        if self._is_unreliable and is_later and not packet.is_discard:
             self._due.add(packet.pts)
 
     def _decode(self, packet: Any) -> list[Any]:
@@ -165,9 +165,9 @@ class _Decoding:
             except self._error.EOFError:
                 break
             except self._error.FFmpegError as error:
-                if self._corrupt == "raise":
+                self._failure = error.strerror
+                if self._corrupt == "raise" and not self._is_unreliable:
                     raise self._damage(self._number(packet), error.strerror) from error
-        self._due.discard(packet.pts)
         return []
 
     def _number(self, packet: Any) -> int:
@@ -185,20 +185,22 @@ class _Decoding:
         return number
 
     def _check_none_missing(self, pts: int | None) -> None:
-        """Raises where a silent decoder left out a frame that is due before this one."""
-        if pts is None or not self._is_silent:
+        """Raises where an unreliable decoder left out a frame that is due before this one."""
+        if pts is None or not self._is_unreliable:
             return
         missing = {due for due in self._due if due < pts}
+        # A file may begin in the middle of a recording, with frames that nothing can decode.
+        cut = self._latest is None and self._failure is None
         self._due -= missing | {pts}
         self._latest = pts
-        if missing and self._corrupt == "raise":
-            raise self._damage(self._frames, "it cannot be decoded")
+        if missing and not cut and self._corrupt == "raise":
+            raise self._damage(self._frames, self._failure)
 
     def _check_end(self) -> None:
         if self._packets < len(self._stream.index_entries):
             raise truncation(self._path, self._stream, self._packets)
-        if self._due:
-            raise self._damage(self._frames, "it cannot be decoded")
+        if self._due and self._is_unreliable:
+            raise self._damage(self._frames, self._failure)
         # Matroska's index lists some frames only, but most files say how long each stream is.
         stated = self._stream.metadata.get("DURATION", "")
         if self._format.startswith("matroska") and re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stated):
@@ -217,7 +219,7 @@ class _Decoding:
         if there < len(self._stream.index_entries):
             return truncation(self._path, self._stream, there)
         return ValueError(
-            f"{self._path} is damaged at frame {number} ({reason}): copy it again, or pass "
+            f"{self._path} is damaged at frame {number} ({reason or 'undecodable'}): copy it again, or pass "
             "`corrupt='skip'` to leave such frames out."
         )
 
