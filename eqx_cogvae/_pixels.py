@@ -1,6 +1,6 @@
 """Shape checks of clips, and conversions between values in [-1, 1] and pixels in 0 to 255."""
 
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,20 @@ def one_clip(video: Any) -> Shaped[np.ndarray, "t h w 3"]:
     return np.asarray(video)
 
 
-def from_pixels(
-    pixels: UInt8[np.ndarray, "..."] | UInt8[Array, "..."],
-) -> Float[np.ndarray, "..."] | Float[Array, "..."]:
+@overload
+def from_pixels(pixels: UInt8[np.ndarray, "..."]) -> Float[np.ndarray, "..."]: ...
+@overload
+def from_pixels(pixels: UInt8[Array, "..."]) -> Float[Array, "..."]: ...
+def from_pixels(pixels: Any) -> Any:
     """Converts pixels to float32 in [-1, 1]; arrays of NumPy stay NumPy's, those of JAX JAX's."""
     return pixels.astype(np.float32) / 127.5 - 1
 
 
-def quantised(
-    values: Float[np.ndarray, "..."] | Float[Array, "..."],
-) -> UInt8[np.ndarray, "..."] | UInt8[Array, "..."]:
+@overload
+def quantised(values: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]: ...
+@overload
+def quantised(values: Float[Array, "..."]) -> UInt8[Array, "..."]: ...
+def quantised(values: Any) -> Any:
     """Rounds float32 values in [-1, 1] to pixels; values beyond are clipped."""
     module = jnp if isinstance(values, jax.Array) else np
     return module.rint((module.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)

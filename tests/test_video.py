@@ -12,6 +12,7 @@ import pytest
 import eqx_cogvae as cv
 from eqx_cogvae import video
 from eqx_cogvae._cli import main as cli
+from eqx_cogvae._pixels import from_pixels, quantised
 from eqx_cogvae.video import _read
 
 
@@ -60,6 +61,19 @@ def test_write_takes_dtypes(dtype, tmp_path):
     video.write(tmp_path / "a.mkv", given)
     pixels = (video.read(tmp_path / "a.mkv") + 1) * 127.5
     np.testing.assert_allclose(pixels, 64, atol=1.5)
+
+
+@pytest.mark.parametrize("module", [np, jnp])
+def test_pixels_are_converted_in_one_place(module):
+    """All 256 levels, there and back, in NumPy and in JAX."""
+    levels = module.arange(256, dtype=module.uint8)
+    values = from_pixels(levels)
+    assert isinstance(values, module.ndarray) and values.dtype == np.float32
+    np.testing.assert_allclose(values, np.arange(256) / 127.5 - 1, atol=1e-7)
+    back = quantised(values)
+    assert isinstance(back, module.ndarray) and back.dtype == np.uint8
+    np.testing.assert_array_equal(back, levels)
+    np.testing.assert_array_equal(quantised(3 * values[::255]), [0, 255])
 
 
 def test_colours_survive(tmp_path):

@@ -156,6 +156,23 @@ def test_round_objects_stay_round(aspect, shown, suffix, turned, tmp_path):
         assert min(size[1], due) == pytest.approx(wide, abs=3)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((2, 0, 0, 1), (32, 96)),
+        ((1, 0, 0, 2), (64, 48)),
+        ((0, 2, -1, 0), (96, 32)),
+        ((0, -1, 2, 0), (48, 64)),
+        ((0, 1, 1, 0), (48, 32)),
+    ],
+)
+def test_a_matrix_that_stretches(matrix, shown, tmp_path):
+    a, b, c, d = (ONE * value for value in matrix)
+    path = encode(tmp_path / "a.mp4", [corners()], matrix=(a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    found = video.info(path)
+    assert (found.height, found.width) == video.read(path).shape[2:4] == shown
+
+
 def test_pixels_too_oblong(tmp_path):
     path = encode(tmp_path / "a.mp4", [corners(64, 512)], aspect=Fraction(40))
     for read in (video.read, video.info):
@@ -207,6 +224,23 @@ def test_a_frame_is_held_through_a_pause(tmp_path):
 def test_a_clock_that_leaps_by_years_ends(tmp_path):
     path = encode(tmp_path / "a.mkv", greys(4), times=[0, 1, 2**30, 2**30 + 1])
     assert numbers(video.read(path, fps=8)) == [0, 1, 2, 3]
+
+
+def test_frames_that_an_edit_list_cuts_are_not_there(tmp_path):
+    """The first three frames are in the file, for those after them to be decoded."""
+    path = encode(tmp_path / "a.mp4", greys(12))
+    with av.open(str(path)) as container:
+        frame = int(Fraction(1, 8) / container.streams.video[0].time_base)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12
+    duration, begin = struct.unpack(">Ii", data[at : at + 8])
+    data[at : at + 8] = struct.pack(">Ii", duration * 9 // 12, begin + 3 * frame)
+    path.write_bytes(data)
+    assert video.info(path).frames == 9
+    assert numbers(video.read(path)) == numbers(video.read(path, frames=9)) == list(range(3, 12))
+    assert numbers(video.read(path, fps=4)) == [3, 5, 7, 9, 11]
+    with pytest.raises(ValueError, match="holds 9 frames, asked for frames 0 to 9"):
+        video.read(path, frames=10)
 
 
 # HDR. The oracle is the formulas of BT.2100 the other way, from light to signal, in float64.

@@ -219,8 +219,8 @@ class _Decoding:
         if there < len(self._stream.index_entries):
             return truncation(self._path, self._stream, there)
         return ValueError(
-            f"{self._path} is damaged at frame {number} ({reason or 'undecodable'}): copy it again, or pass "
-            "`corrupt='skip'` to leave such frames out."
+            f"{self._path} is damaged at frame {number} ({reason or 'undecodable'}): copy it "
+            "again, or pass `corrupt='skip'` to leave such frames out."
         )
 
 

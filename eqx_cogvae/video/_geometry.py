@@ -67,7 +67,10 @@ def upright(
 def pixel_aspect(stream: Any, orientation: Matrix) -> Fraction:
     """Returns width : height of a pixel as it is shown upright."""
     aspect = Fraction(stream.sample_aspect_ratio or 1)
-    return 1 / aspect if is_transposed(orientation) else aspect
+    (_, b), (c, _) = orientation
+    # From a matrix that stretches, FFmpeg has the aspect ratio of what is shown already.
+    is_stretched = abs(abs(b) - abs(c)) > 0.01 * abs(c)
+    return 1 / aspect if is_transposed(orientation) and not is_stretched else aspect
 
 
 def square_size(

@@ -217,14 +217,15 @@ def _shown(
             if size is not None:
                 yield fitted(pixels, size, aspect)
                 continue
-            first = first or pixels.shape
-            if pixels.shape != first:
+            height, width = pixels.shape[:2]
+            first = first or (height, width)
+            if (height, width) != first:
                 raise ValueError(
                     f"{path} changes its frame size from {first[0]}x{first[1]} to "
-                    f"{pixels.shape[0]}x{pixels.shape[1]} at frame {there - 1}: pass `size=` to "
-                    "bring all frames to one size."
+                    f"{height}x{width} at frame {there - 1}: pass `size=` to bring all frames to "
+                    "one size."
                 )
-            yield resized(pixels, square_size(path, *first[:2], aspect))
+            yield resized(pixels, square_size(path, height, width, aspect))
     if there <= start or (frames and there < start + frames):
         raise _too_few(path, there, start, frames)
 
