@@ -261,7 +261,7 @@ def hlg_signal(light):
     return np.where(scene <= 1 / 12, low, a * np.log(np.maximum(12 * scene, 1) - b) + c)
 
 
-def encode_hdr(path, signal, transfer):
+def encode_hdr(path, signal, transfer, matrix=9):
     """A frame of RGB signals, (h, w, 3) in [0, 1], by the matrix of BT.2020, in 10 bits."""
     red, green, blue = np.moveaxis(signal, -1, 0)
     luma = 0.2627 * red + 0.6780 * green + 0.0593 * blue
@@ -272,7 +272,7 @@ def encode_hdr(path, signal, transfer):
         stream.height, stream.width = signal.shape[:2]
         stream.pix_fmt, stream.options = "yuv444p10le", {"qp": "0"}
         context = stream.codec_context
-        context.color_primaries = context.colorspace = 9
+        context.color_primaries, context.colorspace = 9, matrix
         context.color_trc, context.color_range = transfer, 1
         frame = av.VideoFrame(*signal.shape[1::-1], "yuv444p10le")
         for plane, values in zip(frame.planes, planes, strict=True):
@@ -312,8 +312,12 @@ def test_hdr_is_tone_mapped(transfer, signal, name, tmp_path):
     np.testing.assert_array_equal(np.rint((clip[0, 0] + 1) * 127.5), pixels)
 
 
-def test_hdr_colours_are_those_of_bt709(tmp_path):
-    """Colours inside BT.709, given as such: the primaries' chromaticities give the matrix."""
+@pytest.mark.parametrize("matrix", [9, 2])
+def test_hdr_colours_are_those_of_bt709(matrix, tmp_path):
+    """Colours inside BT.709, given as such: the primaries' chromaticities give the conversion.
+
+    The matrix of luma and chroma is that of BT.2020, named in the file or not.
+    """
 
     def to_xyz(primaries):
         x, y = np.array([*primaries, (0.3127, 0.3290)]).T
@@ -324,7 +328,7 @@ def test_hdr_colours_are_those_of_bt709(tmp_path):
     wide = to_xyz([(0.708, 0.292), (0.170, 0.797), (0.131, 0.046)])
     colours = np.random.default_rng(0).uniform(0.1, 1, (12, 3))
     light = colours @ (np.linalg.inv(wide) @ narrow).T
-    path = encode_hdr(tmp_path / "a.mp4", blocks(pq_signal(203 * light)), 16)
+    path = encode_hdr(tmp_path / "a.mp4", blocks(pq_signal(203 * light)), 16, matrix)
     with pytest.warns(UserWarning, match="HDR"):
         clip = video.read(path)
     shown = ((block_values(clip[0, 0]) + 1) / 2) ** 2.4

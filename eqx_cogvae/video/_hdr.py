@@ -13,9 +13,9 @@ from jaxtyping import Float, UInt8
 
 _WHITE = 203.0
 
-# FFmpeg's numbers of transfer functions and primaries are those of Recommendation ITU-T H.273.
+# FFmpeg's numbers of transfer functions, primaries and matrices are those of Recommendation ITU-T H.273.
 _PQ, _HLG = 16, 18
-_BT709 = 1
+_BT709, _UNSPECIFIED = 1, 2
 NAMES = {_PQ: "PQ, SMPTE ST 2084", _HLG: "HLG, ARIB STD-B67"}
 """HDR transfer functions by their number, with the names by which people know them."""
 
@@ -39,7 +39,8 @@ def standard_range(frame: Any) -> UInt8[np.ndarray, "h w 3"]:
     """
     if not is_hdr(frame):
         return frame.to_ndarray(format="rgb24")
-    codes = frame.to_ndarray(format="rgb48le")
+    given = {"src_colorspace": "BT2020"} if frame.colorspace == _UNSPECIFIED else {}
+    codes = frame.to_ndarray(format="rgb48le", **given)
     light = np.take(_table(frame.color_trc), codes)
     if frame.color_trc == _HLG:
         # The system gamma of a display of 1000 cd/m2; the table gives light of the scene.
