@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 _WHITE = 203.0
 
-# FFmpeg's numbers of transfer functions, primaries and matrices are those of Recommendation ITU-T H.273.
+# FFmpeg's numbers of transfer functions, primaries and matrices are those of Rec. ITU-T H.273.
 _PQ, _HLG = 16, 18
 _BT709, _UNSPECIFIED = 1, 2
 NAMES = {_PQ: "PQ, SMPTE ST 2084", _HLG: "HLG, ARIB STD-B67"}
