@@ -843,7 +843,10 @@ def test_a_pickle_is_never_executed(legacy, tmp_path):
         ({"a": torch.zeros(2)}, r"3d-vae\.pt do not fit the model; \d+ missing: .*; 1 unexp.*: a;"),
         ({ONE: torch.zeros(2).to_sparse()}, f"1 not floating: {ONE} of torch.sparse_coo float32;"),
         ({ONE: torch.zeros(8, 2, 3, 3, 3)}, r"misshapen: .* \[8, 2, 3, 3, 3\] for \[8, 3, 3, 3,"),
-        (torch.nn.Linear(2, 2), r"refuses .*Unsupported global: GLOBAL torch\.nn\S+ was not [^.]*,"),
+        (
+            torch.nn.Linear(2, 2),
+            r"refuses .*Unsupported global: GLOBAL torch\.nn\S+ was not [^.]*,",
+        ),
     ],
     ids=["list", "number", "names", "sparse", "shape", "module"],
 )

@@ -109,7 +109,7 @@ def _placed_as(array: np.ndarray, like: Any) -> Any:
     if _is_key(like):
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
         return jax.device_put(key, like.sharding)
-    if isinstance(like, jax.Array):
+    if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         return jax.device_put(array, like.sharding)
     return array if isinstance(like, np.ndarray) else type(like)(array.item())
 
