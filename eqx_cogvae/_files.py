@@ -81,12 +81,9 @@ def _named_as(path: Path, partial: Path) -> Iterator[None]:
         yield
     except OSError as error:
         named = error.filename
-        if error.errno is not None and (named is None or str(named).startswith(str(partial))):
-            # The name of an error by PyAV cannot be changed.
-            with contextlib.suppress(AttributeError):
-                error.filename = str(path)
-                del error.filename2
-        raise
+        if error.errno is None or not (named is None or str(named).startswith(str(partial))):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Written:
