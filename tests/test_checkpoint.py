@@ -304,7 +304,10 @@ def test_save_refuses(folder, tmp_path):
     with pytest.raises(NotADirectoryError, match="it is a file, name a directory"):
         save_pretrained(vae, tmp_path / "file")
     key = jax.random.key(0)
-    vae = eqx.filter_eval_shape(lambda: cv.VAE(CONFIG, key=key, pad_mode="replicate"))
+    shapes = eqx.filter_eval_shape(lambda: cv.VAE(CONFIG, key=key))
+    with pytest.raises(ValueError, match=r"in \d+ places, such as decoder\.conv_in\.conv\.bias"):
+        save_pretrained(shapes, tmp_path / "ours")
+    vae = cv.VAE(CONFIG, key=key, pad_mode="replicate")
     with pytest.raises(ValueError, match=r"with decoder\.conv_in\.pad_mode='replicate': diff"):
         save_pretrained(vae, tmp_path / "ours")
 
@@ -595,7 +598,7 @@ def test_every_fault_is_named_at_once(folder):
         "decoder.conv_in.conv.bias",
         "decoder.conv_out.conv.bias",
         "1 not floating: encoder.conv_out.conv.bias of int32;",
-        "use the config.json that belongs",
+        "give the config that belongs to these weights.",
     ):
         assert part in message
     assert "\n" not in message
@@ -666,7 +669,7 @@ def test_one_file_takes_a_config_in_any_form(folder, tmp_path, monkeypatch):
         ({"config": "CogVideoX-3b"}, ValueError, "`config` 'CogVideoX-3b' is no file, and no pre"),
         ({"config": Path("none.json")}, FileNotFoundError, "none.json"),
         ({"config": {}}, TypeError, "`config` must be a Config, .* got a dict"),
-        ({"config": "CogVideoX-2b"}, ValueError, "do not fit .*; pass the `config=` that belongs"),
+        ({"config": "CogVideoX-2b"}, ValueError, "do not fit .*; give the config that belongs"),
     ],
 )
 def test_one_file_without_its_config(options, error, match, folder, tmp_path, unchecked):
@@ -868,7 +871,10 @@ def test_files_that_torch_never_wrote(tmp_path):
         archive.writestr("hello", "")
     with pytest.raises(ValueError, match=r"torch refuses to read .*3d-vae\.pt"):
         from_original(path)
-    path.unlink()
+    torch.save({"a": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
+    path.rename(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors is a pickle of torch before 1\.6"):
+        from_original(tmp_path / "w.safetensors")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*3d-vae\.pt"):
         from_original(path)
     with pytest.raises(IsADirectoryError, match="name the file in it"):

@@ -36,6 +36,7 @@ _SHOWN = 8
 _LONGEST = 200
 _FEW = 100
 _CHUNK = 1 << 20
+_HINT = "give the config that belongs to these weights."
 _PICKLED = (
     "is a pickle, which may run code when opened, and safetensors are due: load it with "
     "`from_original`, which executes nothing, or convert it with diffusers' `save_pretrained`."
@@ -90,13 +91,7 @@ def from_pretrained(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    if config is None:
-        assert files.config is not None
-        found, ignored = _read_config(files.config)
-        hint = f"use the {CONFIG} that belongs to these weights."
-    else:
-        found, ignored = _given_config(config)
-        hint = "pass the `config=` that belongs to these weights."
+    found, ignored = _read_config(files.config) if files.config else _given_config(config)
     if ignored:
         warnings.warn(ignored, stacklevel=2)
     tensors: dict[str, Stored] = {}
@@ -106,7 +101,7 @@ def from_pretrained(
             raise ValueError(f"{path} holds {min(twice)!r} again: copy or download all shards.")
         tensors |= shard
     where = files.weights[0] if len(files.weights) == 1 else files.weights[0].parent
-    return _filled(found, own_tensors(tensors), dtype, mesh, str(where), hint)
+    return _filled(found, own_tensors(tensors), dtype, mesh, str(where))
 
 
 def from_original(
@@ -151,8 +146,7 @@ def from_original(
                 f"{name!r} in {path} is of type {type(tensor).__name__}, and a tensor is due: "
                 "save the state dict alone."
             )
-    hint = "pass the `config=` that belongs to these weights."
-    return _filled(found, tensors, dtype, None, str(path), hint)
+    return _filled(found, tensors, dtype, None, str(path))
 
 
 def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
@@ -191,15 +185,10 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
 
 
 def _filled(
-    config: Config,
-    tensors: Mapping[str, Stored],
-    dtype: Any,
-    mesh: Mesh | None,
-    where: str,
-    hint: str,
+    config: Config, tensors: Mapping[str, Stored], dtype: Any, mesh: Mesh | None, where: str
 ) -> VAE:
     """Returns the VAE with the tensors of a file, read one after another."""
-    _check_depth(config, len(tensors), where, hint)
+    _check_depth(config, len(tensors), where)
     vae = skeleton(config)
     names = file_names(named(vae), tensors, len(config.block_out_channels))
     shapes, structure = jax.tree.flatten(vae)
@@ -224,12 +213,12 @@ def _filled(
                 # Waiting lets go of the host's copy before the next tensor is read.
                 leaves[name] = jax.block_until_ready(jax.device_put(array, place))
     if any(faults.values()):
-        raise ValueError(_complaint(where, faults, dtype, hint))
+        raise ValueError(_complaint(where, faults, dtype))
     return jax.tree.unflatten(structure, [leaves[name] for name in names])
 
 
-def _complaint(where: str, faults: Mapping[str, list[str]], dtype: np.dtype, hint: str) -> str:
-    parts = []
+def _complaint(where: str, faults: Mapping[str, list[str]], dtype: np.dtype) -> str:
+    parts, hint = [], _HINT
     for fault, names in faults.items():
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -240,14 +229,14 @@ def _complaint(where: str, faults: Mapping[str, list[str]], dtype: np.dtype, hin
     return f"the tensors in {where} do not fit the model; {'; '.join(parts)}; {hint}"
 
 
-def _check_depth(config: Config, held: int, where: str, hint: str) -> None:
+def _check_depth(config: Config, held: int, where: str) -> None:
     """Raises `ValueError` for a config whose skeleton alone would be too large for the file."""
     resnets = len(config.block_out_channels) * (2 * config.layers_per_block + 1)
     # Two convolutions and more in each, and a file may lack some.
     if resnets > max(2 * held, _FEW):
         raise ValueError(
             f"the {held} tensors in {where} do not fit the model, which has {resnets} resnet "
-            f"blocks, by `layers_per_block`={config.layers_per_block}; {hint}"
+            f"blocks, by `layers_per_block`={config.layers_per_block}; {_HINT}"
         )
 
 
@@ -298,7 +287,7 @@ def _dtype(asked: Any, tensors: Mapping[str, Stored], where: str) -> np.dtype:
     return FLOATS[name]
 
 
-def _given_config(config: Config | str | os.PathLike) -> tuple[Config, str]:
+def _given_config(config: Config | str | os.PathLike | None) -> tuple[Config, str]:
     """Returns the config that a user names, and a warning of what was ignored in its file."""
     if isinstance(config, Config):
         return config, ""
@@ -339,7 +328,11 @@ def stored_tensors(vae: VAE) -> dict[str, Stored]:
     **Raises:** `ValueError` for a model that is not whole, or not as its config says.
     """
     due = named(skeleton(vae.config))
-    leaves = {name: leaf for name, leaf in named(vae).items() if is_array(leaf)}
+    leaves = {
+        name: leaf
+        for name, leaf in named(vae).items()
+        if is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
+    }
     wrong = [
         name
         for name in due.keys() | leaves.keys()
@@ -403,7 +396,7 @@ def _original_tensors(path: Path) -> Mapping[str, Any]:
         zipped = file.read(2) == b"PK"
     if path.suffix in PICKLES or zipped:
         return read_torch(path)
-    return read_safetensors(path, _PICKLED)[1]
+    return read_safetensors(path, "is a pickle of torch before 1.6: save it again with torch.")[1]
 
 
 __all__ = [

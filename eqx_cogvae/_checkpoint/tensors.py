@@ -129,7 +129,7 @@ def empty(shape: Iterable[int], dtype: str) -> Shaped[np.ndarray, "..."]:
 
 
 def _stored(path: Path, name: str, header: Any) -> Stored:
-    code = header.get_dtype()
+    code = str(header.get_dtype())
     dtype = _NAMES.get(code, code)
     return Stored(tuple(header.get_shape()), dtype, functools.partial(_read, path, name, dtype))
 
