@@ -54,7 +54,7 @@ def check_clip(x: AnyArray, what: str, channels: int, *, smallest: int) -> None:
             f"and width, got shape {x.shape}."
         )
     if not is_traced(x):
-        warn_of_size(*x.shape[2:4], smallest)
+        warn_of_size(x.shape[2], x.shape[3], smallest)
 
 
 def _kind(x: object) -> str:

@@ -73,7 +73,7 @@ class _Pullback(eqx.Module):
 
 def _own(x: torch.Tensor) -> torch.Tensor:
     """Returns a tensor in the memory of `x` that is no view; torch lets no user write to those."""
-    return x.new_empty(0).set_(x)
+    return x.new_empty(0).set_(x)  # pyright: ignore
 
 
 __all__ = ["call"]

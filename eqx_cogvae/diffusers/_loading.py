@@ -59,8 +59,11 @@ def variant_files(
         # Slow to import, and local checkpoints do without.
         from huggingface_hub import hf_hub_download
 
-        get = lambda file: hf_hub_download(str(name_or_path), file, subfolder=subfolder, **where)  # noqa: E731
-        return Path(get(name)), {"config": config or get("config.json")}
+        options: dict[str, Any] = where | {"subfolder": subfolder}
+        weights = hf_hub_download(str(name_or_path), name, **options)
+        return Path(weights), {
+            "config": config or hf_hub_download(str(name_or_path), "config.json", **options)
+        }
     folders = [path, path / "vae"] if subfolder is None else [path / subfolder]
     for folder in folders:
         if (folder / name).is_file():
