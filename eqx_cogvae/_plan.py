@@ -5,7 +5,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import equinox as eqx
 import jax
@@ -104,7 +104,7 @@ def plan(
     vae: VAE,
     shape: tuple[int, ...],
     *,
-    memory: float | int | None = None,
+    memory: SupportsFloat | None = None,
     tile: tuple[int, int] = _TILE,
     overlap: tuple[int | float, int | float] = _OVERLAP,
     device: Any = None,
@@ -144,8 +144,7 @@ def plan(
         raise ValueError(
             f"`shape` must be of a video of {vae.config.in_channels} channels, got {shape}."
         )
-    if memory is not None:
-        memory = _budget(memory)
+    budget = None if memory is None else _budget(memory)
     if min(tile) < cell or any(side % cell for side in tile):
         raise ValueError(f"`tile` must be in multiples of {cell} pixels, got {tile}.")
     device = jax.devices()[0] if device is None else device
@@ -169,7 +168,7 @@ def plan(
             decoding,
             _struct((b, latents, h // cell, w // cell, vae.config.latent_channels), vae, device),
         ),
-        _limit(device) if memory is None else memory,
+        _limit(device) if budget is None else budget,
     )
 
 
@@ -331,9 +330,10 @@ def _budget(memory: Any) -> float | int:
     """Returns a budget in whole bytes, or infinity."""
     if isinstance(memory, bool) or not isinstance(memory, numbers.Real):
         raise TypeError(f"`memory` must be in bytes, such as 16 * 2**30, got {memory!r}.")
-    if not memory > 0:
+    size = float(memory)
+    if not size > 0:
         raise ValueError(f"`memory` must be above 0 bytes, such as 16 * 2**30, got {memory}.")
-    return math.inf if memory == math.inf else int(memory)
+    return size if size == math.inf else int(size)
 
 
 def _limit(device: Any) -> int | None:

@@ -156,7 +156,7 @@ def test_a_cache_that_was_given_to_a_step_that_failed_says_so():
         return counting(eqx.error_if(x, jnp.max(x) > 3, "too large"), cache)
 
     stream = cv.streamed(step, 2)(jnp.arange(6.0).reshape(1, 6, 1))
-    with pytest.raises(RuntimeError, match="stopped at frame 4.*too large"):
+    with pytest.raises(RuntimeError, match=r"stopped at frame 4.*too large"):
         joined(stream)
     with pytest.raises(AttributeError, match="given to the step that failed at frame 4: resume"):
         _ = stream.cache

@@ -6,7 +6,6 @@ so that its compile time does not depend on the size of the video. Called while 
 """
 
 import abc
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +64,7 @@ def join(pieces: list[PyTree[Array]], axis: int) -> PyTree[Array]:
 
 def check_batch_size(size: int) -> None:
     """Raises for anything but a whole number of at least 1."""
-    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(
             f"`size` must be a whole number of at least 1 frame, got {size!r}; the model was "
             "trained with 8 when encoding, 2 when decoding."

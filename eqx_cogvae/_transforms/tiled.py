@@ -44,7 +44,7 @@ def blend(
     shape[axis] = extent
     tail = lax.slice_in_dim(before, before.shape[axis] - extent, None, axis=axis)
     head = lax.slice_in_dim(after, 0, extent, axis=axis)
-    dtype = jnp.promote_types(after.dtype, jnp.float32)
+    dtype = jnp.float64 if after.dtype == jnp.float64 else jnp.float32
     ramp = (jnp.arange(extent, dtype=jnp.float32) / extent).reshape(shape).astype(dtype)
     mixed = tail.astype(dtype) * (1 - ramp) + head.astype(dtype) * ramp
     if jnp.issubdtype(after.dtype, jnp.integer):
@@ -189,7 +189,7 @@ def tiled(
 
 def _plain(number: Any) -> Any:
     """Returns a number of any library as Python's own; what is none as it is."""
-    if isinstance(number, int | float):
+    if type(number) in (int, float, bool):
         return number
     for convert in (operator.index, float):
         try:
