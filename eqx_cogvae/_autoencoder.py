@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
-from ._checks import check_clip, check_range, memory_advice, warn_of_frames
+from ._checks import check_clip, check_range, memory_advice, warn_of_frames, warn_of_size
 from ._config import Config
 from ._frames import LATENT_BATCH, SAMPLE_BATCH
 from ._layers import CausalConv3d, Conv, Downsample, GroupNorm, SpatialNorm, Upsample
@@ -271,6 +271,7 @@ class VAE(eqx.Module):
         )
         check_range(video)
         warn_of_frames(video.shape[1], self.config)
+        warn_of_size(*video.shape[2:4], self.config.spatial_compression)
         with memory_advice(video.shape):
             moments = framewise(self.encode_step, SAMPLE_BATCH)(jnp.asarray(video))
         return DiagonalGaussian.from_moments(moments)
