@@ -271,7 +271,7 @@ class VAE(eqx.Module):
         )
         check_range(video)
         warn_of_frames(video.shape[1], self.config)
-        warn_of_size(*video.shape[2:4], self.config.spatial_compression)
+        warn_of_size(video.shape[2], video.shape[3], self.config.spatial_compression)
         with memory_advice(video.shape):
             moments = framewise(self.encode_step, SAMPLE_BATCH)(jnp.asarray(video))
         return DiagonalGaussian.from_moments(moments)

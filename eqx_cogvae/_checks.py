@@ -4,6 +4,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def check_range(video: AnyArray) -> None:
 
 
 @contextlib.contextmanager
-def memory_advice(shape: tuple[int, ...]) -> Iterator[None]:
+def memory_advice(shape: tuple[Any, ...]) -> Iterator[None]:
     """Adds advice to out-of-memory errors."""
     try:
         yield
@@ -143,10 +144,11 @@ def warn_of_latent_frames(t: int, config: Config) -> None:
     )
 
 
-def warn_of_size(height: int, width: int, cell: int) -> None:
+def warn_of_size(height: Any, width: Any, cell: int) -> None:
     """Warns of a frame size that is cropped, by what latents `cell` pixels wide do not cover."""
     kept = (height // cell * cell, width // cell * cell)
-    if kept != (height, width):
+    # A side that is a symbol, as under `jax.export`, may be any.
+    if isinstance(height * width, int) and kept != (height, width):
         warn(
             f"frames of {height}x{width} come back as {kept[0]}x{kept[1]}: sides that are no "
             f"multiples of {cell} lose the rest; crop, pad or resize them first."

@@ -1,5 +1,6 @@
 """sharded and best_mesh where JAX has eight devices; `test_sharding.py` runs this file."""
 
+import contextlib
 import re
 
 import equinox as eqx
@@ -408,3 +409,138 @@ def test_a_state_comes_back_to_its_mesh(vae, tmp_path):
     for got, due in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         assert got.sharding == due.sharding
         np.testing.assert_array_equal(got, due)
+
+
+# Meshes whose axes are explicit, as `jax.make_mesh` makes them by default: an array's type then
+# says how it is sharded.
+
+SPECS = [
+    ("x",),
+    (None, None, "x"),
+    (None, None, None, "x"),
+    ("x", None, "y"),
+    (None, None, "x", "y"),
+]
+
+
+def spec_of(spec):
+    return PartitionSpec(*spec, *[None] * (5 - len(spec)))
+
+
+def explicit(what, spec, frames, mesh):
+    return jax.device_put(clip(what, (2, 8, 8), frames), NamedSharding(mesh, spec_of(spec)))
+
+
+def within(mesh):
+    return jax.set_mesh(mesh)
+
+
+def without(mesh):
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("context", [within, without])
+def test_arrays_on_explicit_axes(spec, context, vae):
+    """Results are sharded as the input is, and equal to those of one device."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    due = vae.decode(clip("decode", (2, 8, 8), 3))
+    with context(mesh):
+        latents = explicit("decode", spec, 3, mesh)
+        for fn in (vae.decode, eqx.filter_jit(vae.decode)):
+            got = fn(latents)
+            assert jax.typeof(got).sharding.spec == spec_of(spec)
+            assert distance(got, due) < 1e-5
+
+
+def test_encoding_on_explicit_axes(vae):
+    mesh, spec = jax.make_mesh((2, 2), ("x", "y")), ("x", None, "y")
+    due = vae.encode(clip("encode", (2, 8, 8), 9))
+    posterior = vae.encode(explicit("encode", spec, 9, mesh))
+    for got, expected in ((posterior.mean, due.mean), (posterior.mode(), due.mode())):
+        assert jax.typeof(got).sharding.spec == spec_of(spec)
+        assert distance(got, expected) < 1e-5
+    key = jax.random.key(0)
+    assert distance(posterior.sample(key), due.sample(key)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda vae: cv.sliced(cv.framewise(vae.decode_step, 2)),
+        lambda vae: cv.tiled(cv.framewise(vae.decode_step, 2), (6, 8), (0.5, 0.0)),
+        lambda vae: lambda z: jnp.concatenate(list(cv.streamed(vae.decode_step, 2)(z)), axis=1),
+    ],
+    ids=["sliced", "tiled", "streamed"],
+)
+def test_transforms_on_explicit_axes(transform, vae):
+    mesh, spec = jax.make_mesh((2, 2), ("x", "y")), ("x", None, "y")
+    due = transform(vae)(clip("decode", (2, 8, 8), 3))
+    latents, fn = explicit("decode", spec, 3, mesh), transform(vae)
+    calls = [fn] if not isinstance(fn, eqx.Module) else [fn, eqx.filter_jit(fn)]
+    for each in calls:
+        got = each(latents)
+        assert jax.typeof(got).sharding.spec == spec_of(spec)
+        assert distance(got, due) < 1e-5
+
+
+def test_gradients_on_explicit_axes(vae):
+    """JAX itself differentiates such arrays only within `jax.set_mesh`."""
+    mesh, spec = jax.make_mesh((2, 2), ("x", "y")), ("x", None, "y")
+    loss = lambda z: jnp.sum(jnp.sin(vae.decode_step(z)[0]))  # noqa: E731
+    due = jax.grad(loss)(clip("decode", (2, 8, 8), 3))
+    with jax.set_mesh(mesh):
+        got = jax.grad(loss)(explicit("decode", spec, 3, mesh))
+    assert jax.typeof(got).sharding.spec == spec_of(spec)
+    assert distance(got, due) < 1e-5
+
+
+def test_steps_on_explicit_axes_gather_nothing(vae):
+    mesh, spec = jax.make_mesh((2, 2), ("x", "y")), (None, None, "x", "y")
+    latents = explicit("decode", spec, 3, mesh)
+    _, cache = vae.decode_step(latents)
+    for args in ((latents,), (latents[:, :2], cache)):
+        program = eqx.filter_jit(vae.decode_step).lower(*args).compile()
+        check(program, args, vae.decode_step(*map(on_one_device, args)))
+
+
+def on_one_device(tree):
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
+
+
+@pytest.mark.parametrize("how", ["replicated", "sharded"])
+def test_weights_on_explicit_axes(how, vae):
+    """Copied to every device, or cut along their widest channels."""
+    mesh, spec = jax.make_mesh((2, 2), ("x", "y")), ("x",)
+
+    def placed(x):
+        cut = how == "sharded" and x.ndim and x.shape[-1] % 2 == 0
+        spec = PartitionSpec(*[None] * (x.ndim - 1), "x") if cut else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    due = vae.decode(clip("decode", (2, 8, 8), 3))
+    arrays, static = eqx.partition(vae, eqx.is_array)
+    on_mesh = eqx.combine(jax.tree.map(placed, arrays), static)
+    got = on_mesh.decode(explicit("decode", spec, 3, mesh))
+    assert distance(got, due) < 1e-5
+
+
+def test_sharded_within_an_explicit_mesh(vae):
+    mesh, latents = jax.make_mesh((2, 2), ("height", "width")), clip("decode", (1, 8, 8), 3)
+    due = vae.decode(latents)
+    with jax.set_mesh(mesh):
+        axes = {"height": "height", "width": "width"}
+        best = cv.best_mesh((1, 4, 8, 8, 3), devices=jax.devices()[:4])
+        for fn in (cv.sharded(vae.decode, mesh, **axes), cv.sharded(vae.decode, best, **axes)):
+            got = fn(jnp.asarray(np.asarray(latents)))
+            assert distance(got, due) < 1e-5
+            assert len({str(shard.index) for shard in got.addressable_shards}) == 4
+
+
+def test_a_size_that_does_not_divide_on_explicit_axes(vae):
+    mesh = jax.make_mesh((4,), ("x",))
+    video = jax.device_put(
+        clip("encode", (1, 6, 4), 9), NamedSharding(mesh, spec_of((None, None, "x")))
+    )
+    with pytest.raises(ValueError, match="height of 6 does not divide among the 4 devices"):
+        vae.encode(video)

@@ -326,11 +326,10 @@ def test_heights_of_bands():
 
 
 @pytest.mark.parametrize(
-    ("frames", "groups"),
-    [(1, (1,)), (4, (4,)), (5, (1, 4)), (8, (8,)), (9, (1, 8)), (12, (4, 8)), (17, (1, 8, 8))],
+    ("frames", "full"), [(1, True), (4, True), (5, False), (8, True), (9, False), (16, True)]
 )
-def test_groups_of_frames(frames, groups):
-    assert choose.frame_groups(frames) == groups
+def test_bands_are_of_as_many_frames_as_fill_a_tpus_rows(frames, full):
+    assert bool(choose.band_height((1, frames, 16, 16, 8), 1)) == full
 
 
 # Chunks.

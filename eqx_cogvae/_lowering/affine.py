@@ -24,24 +24,12 @@ class Affine(NamedTuple):
         """Returns the result in at least float32, not yet rounded to the dtype of `x`."""
         return _applied(self, x)
 
-    def with_rows(self, height: int) -> "Affine":
+    def with_rows(self, height: Any) -> "Affine":
         """Returns the same map with a row of `scale` and `shift` for each row of pixels."""
         if self.scale.shape[2] == 1:
             return self
         scale, shift = (_repeat(s, height, axis=2) for s in (self.scale, self.shift))
         return self._replace(scale=scale, shift=shift)
-
-    def of_frames(self, start: int, stop: int, count: int) -> "Affine":
-        """Returns the map of frames `start` to `stop` of `count`."""
-        mean = self.mean if self.mean.shape[1] == 1 else self.mean[:, start:stop]
-        if self.scale.shape[1] == 1:
-            return self._replace(mean=mean)
-        sources = [_nearest_frame(i, count, self.scale.shape[1]) for i in range(start, stop)]
-        scale, shift = (
-            jnp.concatenate([s[:, i : i + 1] for i in sources], axis=1)
-            for s in (self.scale, self.shift)
-        )
-        return Affine(mean, scale, shift)
 
     def of_frame(self, i: Int[Array, ""], count: int) -> "Affine":
         """Returns the map of frame `i` of `count`, which may be known at run time only."""
@@ -100,7 +88,7 @@ def _applied_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _applied(affine, x), tangent
 
 
-def nearest(x: Float[Array, "b t2 h2 w2 c"], size: tuple[int, ...]) -> Array:
+def nearest(x: Float[Array, "b t2 h2 w2 c"], size: tuple[Any, ...]) -> Array:
     """Resizes to `size`, frames, height and width, by nearest neighbour, or leaves it to broadcast.
 
     An odd number of frames above one takes its first from the first and the rest from the rest.
@@ -120,15 +108,14 @@ def repeat_frames(x: Float[Array, "b t2 *rest"], count: int) -> Array:
     return _repeat(x, count, axis=1)
 
 
-def _nearest_frame(i: Any, count: int, sources: int) -> Any:
+def _nearest_frame(i: Array, count: int, sources: int) -> Array:
     """Returns the source frame that `repeat_frames` takes for frame `i` of `count`."""
     if count > 1 and count % 2 == 1:
-        later = 1 + (i - 1) * (sources - 1) // (count - 1)
-        return jnp.where(i == 0, 0, later) if isinstance(i, Array) else (later if i else 0)
+        return jnp.where(i == 0, 0, 1 + (i - 1) * (sources - 1) // (count - 1))
     return i * sources // count
 
 
-def _repeat(x: Array, size: int, axis: int) -> Array:
+def _repeat(x: Array, size: Any, axis: int) -> Array:
     if x.shape[axis] == 1 == size or x.shape[axis] == size:
         return x
     if size % x.shape[axis] == 0:

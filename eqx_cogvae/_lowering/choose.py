@@ -167,15 +167,18 @@ def in_chunks(x: Sequence[Any], hints: Hints = Hints()) -> bool:
 def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     """Returns the height of the equal bands of rows that `x` is processed in, or 0 for none.
 
-    There are none where devices hold rows: XLA's partitioner would gather them.
+    There are none where devices hold rows, which XLA's partitioner would gather, nor where frames
+    leave much of a TPU's memory empty: it lays them out in rows of eight, or of four if there are
+    no more, and nine would take the room of sixteen.
 
     **Arguments:**
 
     - `x`: the shape `(b, t, h, w, c)`.
     - `margin`: how many rows above a band, and below it, its result depends on.
     """
-    limits, height = hints.thresholds, x[2]
-    if hints.split:
+    limits, frames, height = hints.thresholds, x[1], x[2]
+    empty = -frames % 8 if frames > 4 else 0
+    if hints.split or 2 * empty > frames:
         return 0
     most = limits.chunk_elements * height // math.prod(x)
     most = min(max(most, limits.band_always_rows), height // 2)
@@ -183,15 +186,16 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     return found if found >= max(margin, limits.band_min_rows) else 0
 
 
-def frame_groups(frames: int) -> tuple[int, ...]:
-    """Returns how many frames of a chunked array are processed together, group after group.
+def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:
+    """Returns True if frames of a loop over `x` are kept in the order of their axes in memory.
 
-    A TPU lays frames out in rows of eight, or of four if there are no more. Nine frames would
-    take the room of sixteen, so the first is a group of its own.
+    XLA for TPUs would else hold all frames in the layout that its convolution has one in, and copy
+    them before the loop and after it. Compiling for a layout that is not the convolution's own can
+    take minutes, but not where frames are huge. A batch may be split over devices: XLA's
+    partitioner would gather it.
     """
-    rest = frames % 8
-    groups = (rest,) if rest <= 4 else (rest - 4, 4)
-    return tuple(n for n in groups if n) + (8,) * (frames // 8)
+    huge = _known(x) and x[2] * x[3] >= hints.thresholds.huge_frame_pixels
+    return huge and x[0] == 1 and not hints.split
 
 
 def _known(shape: Sequence[Any]) -> bool:
@@ -207,9 +211,9 @@ __all__ = [
     "as_if_on",
     "band_height",
     "current",
-    "frame_groups",
     "in_chunks",
     "lowering",
+    "pins_layout",
     "thresholds",
     "under",
 ]

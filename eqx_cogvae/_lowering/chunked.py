@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from .._meshes import varying_as
@@ -109,102 +110,99 @@ def _in_chunks_jvp(act: Activation, hints: Hints, primals: Any, tangents: Any) -
 
 
 def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
-    """Runs a unit frame by frame, in a loop that carries the convolution's cache."""
-    x, count = unit.x, unit.x.shape[1]
+    """Runs a unit frame by frame, in a loop that carries the last normalised frames."""
+    count, pinned = unit.x.shape[1], choose.pins_layout(unit.x.shape, choose.current())
 
     def normed(now: Array, i: Array) -> Array:
         affine = unit.affine.of_frame(i, count)
-        return act(affine.in_cells(now[..., : unit.channels]).astype(x.dtype))
+        return act(affine.in_cells(now[..., : unit.channels]).astype(now.dtype))
+
+    x, past, cache = _caches(normed, unit)
 
     def step(carry: tuple, i: Array) -> tuple[tuple, None]:
         result, past = carry
         now = frame(x if unit.beside is None else result, i)
-        y, past = causal_conv(normed(now, i), *unit.taps, past)
+        before = jnp.concatenate(past, axis=1) if past else None
+        y, seen = causal_conv(normed(now, i), *unit.taps, before)
         y = unit.joined(y, now, None if unit.residual is None else frame(result, i))
+        y = with_layout_constraint(y, Layout(tuple(range(y.ndim)))) if pinned else y
+        past = tuple(jnp.split(seen, len(past), axis=1)) if past else ()
         return (lax.dynamic_update_slice_in_dim(result, y, i, axis=1), past), None
 
-    past = unit.cache
-    if past is None and unit.past:
-        first = normed(x[:, :1], jnp.zeros((), jnp.int32))
-        past = jnp.repeat(first, unit.past, axis=1)
     index = jnp.arange(count, dtype=jnp.int32)
-    (result, past), _ = lax.scan(step, _carry(unit.output_buffer(), past, unit.x), index)
-    return lax.optimization_barrier((result, past))
-
-
-def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | None]:
-    """Runs a unit on bands of `height` rows, of one group of frames after another."""
-    cache, result, start = unit.cache, unit.output_buffer(), 0
-    for count in choose.frame_groups(unit.x.shape[1]):
-        result, cache = _group_by_bands(act, height, unit, result, cache, start, count)
-        start += count
+    buffer = unit._replace(x=x).output_buffer()
+    (result, _), _ = lax.scan(step, _carry(buffer, past, x), index)
     return lax.optimization_barrier((result, cache))
 
 
-def _group_by_bands(
-    act: Activation,
-    height: int,
-    unit: Unit,
-    result: Array,
-    cache: Array | None,
-    first_frame: int,
-    count: int,
-) -> tuple[Array, Array | None]:
-    """Runs a unit on the bands of `count` frames.
+def _caches(normed: Callable[[Array, Array], Array], unit: Unit) -> tuple[Array, Any, Any]:
+    """Returns `x`, the normalised frames before it one by one, and those to cache.
+
+    The cache is made apart, and before a loop may write over `x`. What the loop carries has the
+    loop's layout, not that of a result; left to XLA for TPUs, the copies of all caches come last,
+    when every one of them is there twice.
+    """
+    x, past = unit.x, unit.past
+    if not past:
+        return x, (), None
+    index = jnp.arange(x.shape[1], dtype=jnp.int32)
+    ends = index[max(0, len(index) - past) :]
+    if unit.cache is None:  # The first frame stands in for it.
+        ends = jnp.concatenate([index[:1], ends])
+    last = list(lax.map(lambda i: normed(frame(x, i), i), ends))
+    before = jnp.repeat(last.pop(0), past, axis=1) if unit.cache is None else unit.cache
+    cache = jnp.concatenate([before[:, len(last) :], *last], axis=1)
+    x, cache = lax.optimization_barrier((x, cache))
+    return x, tuple(jnp.split(before, past, axis=1)), cache
+
+
+def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | None]:
+    """Runs a unit on bands of `height` rows of all frames.
 
     The loop carries the last normalised rows of the band above, as the result may be written over
     their source. Each band is read together with the rows below it. The last has none: it is read
-    from higher up, and zeros stand in below the frame.
+    from higher up, and zeros stand in below the frame. The cache is written band by band too, over
+    the one before it.
     """
-    (b, total, rows_in_all, width, _), past = unit.x.shape, unit.past
+    (b, count, rows_in_all, width, _), past = unit.x.shape, unit.past
     kernel, dtype, margin = unit.taps.kernel, unit.x.dtype, unit.taps.kernel.shape[1] // 2
-    affine = unit.affine.of_frames(first_frame, first_frame + count, total)
-    affine = affine.with_rows(rows_in_all)
     beside = kernel.shape[2] // 2
-    geometry = Geometry(pads=((0, 0), (beside, beside)))
-    is_start = cache is None
-    if is_start and past:
-        cache = jnp.zeros((b, past, rows_in_all, width, unit.channels), dtype)
-
-    def cut(x: Array, start: Array, size: int) -> Array:
-        zero = jnp.zeros_like(start)
-        at = (zero, zero + first_frame, start, zero, zero)
-        return lax.dynamic_slice(x, at, (b, count, size, *x.shape[3:]))
+    affine, geometry = unit.affine.with_rows(rows_in_all), Geometry(pads=((0, 0), (beside, beside)))
 
     def normed(source: Array, cache: Array | None, start: Array) -> Array:
         """Returns the normalised rows of a band and of those below it, with their past."""
         first = jnp.minimum(start, rows_in_all - height - margin)
-        now = cut(source, first, height + margin)[..., : unit.channels]
+        now = rows(source, first, height + margin)[..., : unit.channels]
         y = act(affine.of_rows(first, height + margin).in_cells(now).astype(dtype))
-        if past:
-            if cache is None:
-                before = jnp.repeat(y[:, :1], past, axis=1)
-            else:
-                before = rows(cache, first, height + margin)
-            y = jnp.concatenate([before, y], axis=1)
+        if past and cache is None:
+            y = jnp.concatenate([jnp.repeat(y[:, :1], past, axis=1), y], axis=1)
+        elif cache is not None:
+            y = jnp.concatenate([rows(cache, first, height + margin), y], axis=1)
         y = jnp.pad(y, ((0, 0), (0, 0), (0, margin), (0, 0), (0, 0)))
         return rows(y, start - first, height + margin)
 
     def step(carry: tuple, i: Array) -> tuple[tuple, None]:
         result, (above, cache) = carry
         start, source = i * height, unit.x if unit.beside is None else result
-        y = jnp.concatenate([above, normed(source, None if is_start else cache, start)], axis=2)
+        y = normed(source, None if unit.cache is None else cache, start)
+        y = jnp.concatenate([above, y], axis=2)
         above = y[:, :, height : height + margin]
         if past:
             last = y[:, -past:, margin : margin + height]
             cache = lax.dynamic_update_slice_in_dim(cache, last, start, axis=2)
         y = valid_conv(y, *unit.taps, geometry)
-        residual = None if unit.residual is None else cut(result, start, height)
-        y = unit.joined(y, cut(source, start, height), residual)
-        zero = jnp.zeros_like(start)
-        at = (zero, zero + first_frame, start, zero, zero)
-        return (lax.dynamic_update_slice(result, y, at), (above, cache)), None
+        residual = None if unit.residual is None else rows(result, start, height)
+        y = unit.joined(y, rows(source, start, height), residual)
+        return (lax.dynamic_update_slice_in_dim(result, y, start, axis=2), (above, cache)), None
 
-    above = jnp.zeros((b, past + count, margin, width, unit.channels), dtype)
+    def empty(frames: int, height: int) -> Array:
+        return jnp.zeros((b, frames, height, width, unit.channels), dtype)
+
+    cache = empty(past, rows_in_all) if unit.cache is None and past else unit.cache
+    carry = _carry(unit.output_buffer(), (empty(past + count, margin), cache), unit.x)
     index = jnp.arange(rows_in_all // height, dtype=jnp.int32)
-    carry = _carry(result, (above, cache), unit.x)
     (result, (_, cache)), _ = lax.scan(step, carry, index)
-    return result, cache
+    return lax.optimization_barrier((result, cache))
 
 
 def _carry(result: Array, rest: Any, x: Array) -> tuple[Array, Any]:
