@@ -183,7 +183,7 @@ def test_samples_are_seeded_by_what_they_are_of(vae, videos, tmp_path):
     assert len({sample.seed for sample in samples + others}) == 8
     for posterior, sample in zip(posteriors, samples, strict=True):
         found = cv.DiagonalGaussian(jnp.asarray(posterior.array), jnp.asarray(posterior.logvar))
-        due = found.sample(jax.random.key(sample.seed))
+        due = found.sample(dataset.noise_key(sample.seed))
         np.testing.assert_array_equal(sample.array, due)
     for a, b in zip(samples, others, strict=True):
         assert np.abs(a.array - b.array).max() > 1e-3
@@ -534,7 +534,7 @@ def test_decoding_goes_on_while_the_model_works():
 
     begun = time.perf_counter()
     seconds = 0.0
-    for item, feed in _dataset_clips.ahead(range(6), slow, 2):
+    for item, feed in _dataset_clips.prefetched(range(6), slow, 2):
         for i, event in enumerate(feed):
             assert event == (item, i)
             time.sleep(0.02)
@@ -549,7 +549,7 @@ def test_an_error_of_a_thread_is_raised_where_it_is_read():
         raise RuntimeError("of the thread")
 
     with pytest.raises(RuntimeError, match="of the thread"):
-        [list(feed) for _, feed in _dataset_clips.ahead([1, 2], faulty, 2)]
+        [list(feed) for _, feed in _dataset_clips.prefetched([1, 2], faulty, 2)]
 
 
 def test_summary_and_progress(vae, videos, tmp_path):
@@ -654,12 +654,15 @@ def test_settings_are_checked(fields, match):
         ("SRC DST --frames some", "expected 8k + 1 frames or `all`"),
         ("SRC DST --height 16", "--height and --width go together"),
         ("SRC DST --height 20 --width 24", "multiples of 8, got (20, 24): try (16, 24)"),
-        ("SRC DST --height 16 --width 24 --buckets 8x8", "--buckets are sizes already"),
+        (
+            "SRC DST --height 16 --width 24 --buckets 8x8",
+            "are a size: leave --size and --buckets out",
+        ),
         ("SRC DST --buckets 8", "HEIGHTxWIDTH, such as 480x720, got '8'"),
         ("SRC DST --shard 8/8", "a shard is I/N, from 0/N on, such as 0/8, got '8/8'"),
         ("SRC DST --decoders 0", "`decoders` must be at least 1, got 0"),
         ("SRC DST --per-tar 0", "`per_tar` must be at least 1 clip"),
-        ("SRC DST --engine spark", "invalid choice: 'spark'"),
+        ("SRC DST --engine spark", "'spark' is not one of 'local', 'ray'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, match, videos, model, tmp_path, monkeypatch, capsys):
