@@ -648,7 +648,7 @@ def test_settings_are_checked(fields, match):
         ("empty DST", "holds nothing that ends in .avi"),
         ("SRC file", "is a file: name a folder"),
         ("file DST", "must be a folder, a .tar, a list"),
-        ("bad.jsonl DST", "must hold a JSON object in each line"),
+        ("bad.jsonl DST", "line 1 of bad.jsonl must hold JSON: Expecting property name"),
         ("bad.csv DST", "row 1 of bad.csv must name a file under one of video, path"),
         ("SRC DST --frames 8", "must be 8k + 1, got 8"),
         ("SRC DST --frames some", "expected 8k + 1 frames or `all`"),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import tarfile
 import tempfile
@@ -149,9 +150,12 @@ def _in_tar(path: Path, name: str, suffixes: Sequence[str]) -> Iterator[Item]:
     try:
         with tarfile.open(path, "r:") as tar:
             try:
+                end = 0
                 for member in tar:
+                    end = member.offset_data + member.size
                     if member.isfile() and not _is_hidden(member.name):
                         members[member.name] = member
+                _check_end(path, end)
             except TAR_ERRORS as error:
                 yield _broken_tar(path, name, error)
             for inner, sidecars in _sidecars(members, suffixes).items():
@@ -162,6 +166,17 @@ def _in_tar(path: Path, name: str, suffixes: Sequence[str]) -> Iterator[Item]:
                 yield Item(title, path, member.offset_data, member.size, (row,), problem)
     except TAR_ERRORS as error:
         yield _broken_tar(path, name, error)
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Raises `tarfile.ReadError` unless a block of zeros follows on the last member.
+
+    tarfile takes a header that is cut short for the end.
+    """
+    with path.open("rb") as file:
+        file.seek(math.ceil(end / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
 
 
 def _broken_tar(path: Path, name: str, error: BaseException) -> Item:
