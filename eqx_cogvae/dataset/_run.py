@@ -262,7 +262,7 @@ def _skipped(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def _summary(results: list[Result], seconds: float, names: tuple[str, ...]) -> Summary:
-    spent = {name: sum(result.spent.get(name, 0.0) for result in results) for name in names}
+    spent = {name: sum((result.spent.get(name, 0.0) for result in results), 0.0) for name in names}
     return Summary(
         len(results),
         sum(len(result.clips) for result in results),
