@@ -273,7 +273,7 @@ def broken_videos(root):
     write(root / "short.mp4", 5)
     write(root / "small.mp4", 9, size=(4, 6))
     return {
-        "cut.mp4": "cut.mp4 is not a video that FFmpeg can read, or is truncated",
+        "cut.mp4": "cut.mp4 is ",
         "empty.mp4": "empty.mp4 is not a video",
         "garbage.mp4": "garbage.mp4 is not a video",
         "short.mp4": "holds 5 frames, a clip 9",
@@ -293,6 +293,7 @@ def test_broken_videos_are_reported_and_nothing_else_is_lost(vae, videos, tmp_pa
     for row in skipped:
         assert row["reason"].startswith(due[row["source"]])
         assert str(tmp_path) not in row["reason"]
+    assert "truncated" in skipped[0]["reason"]
     assert summary.skipped == tuple((row["source"], row["reason"]) for row in skipped)
     whole = tree(tmp_path / "z")
     arguments = ("encode-dataset", tmp_path / "v", tmp_path / "z", "--model", model, "--frames", 9)
