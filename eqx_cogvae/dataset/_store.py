@@ -1,11 +1,13 @@
 """The folder of a dataset's results, under names that depend only on what they were made of."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,7 +38,6 @@ RESERVED = frozenset(
     )
 )
 """The names of the manifest's own columns."""
-_END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 
 
 def digest(*parts: Any) -> str:
@@ -154,8 +155,8 @@ class Store:
         A crash of the machine may leave such. What they lack is done again.
         """
         for path in self.root.glob(f"latents{self._suffix}-[0-9]*.tar"):
-            clips, whole = _clips_of(path)
-            if whole or not re.fullmatch(rf"latents{self._suffix}-\d+\.tar", path.name):
+            clips, damaged = _clips_of(path)
+            if not damaged or not re.fullmatch(rf"latents{self._suffix}-\d+\.tar", path.name):
                 continue
             with path.open("rb") as file:
                 for clip, (offset, size) in clips.items():
@@ -220,21 +221,25 @@ def _is_whole(path: Path) -> bool:
 
 
 def _clips_of(path: Path) -> tuple[dict[str, tuple[int, int]], bool]:
-    """Returns offset and size of each clip in a tar, and whether the tar is whole."""
+    """Returns offset and size of each clip in a tar, and whether the tar is damaged.
+
+    A tar of ours has clips, all of it is read, and the end of an archive follows on its last
+    member at once. One that holds anything but clips is not ours, and never counts as damaged.
+    """
     members: dict[str, tuple[int, int]] = {}
-    end, whole = path.stat().st_size, False
-    try:
-        with path.open("rb") as file, tarfile.open(path, "r:") as tar:
-            file.seek(-len(_END_OF_TAR), io.SEEK_END)
-            whole = file.read() == _END_OF_TAR
-            for member in tar:
-                if member.offset_data + member.size <= end:
-                    members[member.name] = member.offset_data, member.size
-    except TAR_ERRORS:
-        whole = False
+    size, end = path.stat().st_size, 0
+    with contextlib.suppress(*TAR_ERRORS), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            end = member.offset_data + member.size
+            if end <= size:
+                members[member.name] = member.offset_data, member.size
     stems = [name.removesuffix(".json") for name in members if name.endswith(".json")]
-    clips = {stem: members.get(f"{stem}.safetensors") for stem in stems}
-    return {stem: place for stem, place in clips.items() if place}, whole
+    pairs = {stem: members.get(f"{stem}.safetensors") for stem in stems}
+    clips = {stem: place for stem, place in pairs.items() if place}
+    padded = math.ceil(end / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
+    whole = size == math.ceil(padded / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+    ours = all(name.endswith((".json", ".safetensors")) for name in members)
+    return clips, ours and not (clips and whole)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
