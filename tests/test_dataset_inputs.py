@@ -44,6 +44,7 @@ def test_lists_of_all_kinds(kind, mark, tmp_path):
     [
         ("semicolons.csv", 'caption;video\n"x, y";a.mp4\n'),
         ("tabs.csv", "caption\tvideo\nx, y\ta.mp4\n"),
+        ("old.csv", '\rvideo,caption\ra.mp4,"x, y"\r'),
         ("lines.json", '{"video": "a.mp4", "caption": "x, y"}\n'),
     ],
 )
@@ -109,6 +110,16 @@ def test_columns_that_name_a_file(column, tmp_path):
     (tmp_path / "list.csv").write_text(f"id,{column}\n3,a.mp4\n")
     assert found(tmp_path / "list.jsonl") == [("a.mp4", {"id": 3})]
     assert found(tmp_path / "list.csv") == [("a.mp4", {"id": "3"})]
+
+
+def test_the_column_that_looks_like_a_file(tmp_path):
+    """A manifest has columns of the user's, which may be called as the list's were."""
+    row = {"video": "a.mp4", "path": "b.jpg", "file": "latents/c.safetensors"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(row))
+    for suffixes, column in ((_sources.VIDEOS, "video"), (_sources.LATENTS, "file")):
+        (item,) = _sources.find(tmp_path / "list.jsonl", suffixes)
+        assert item.name == row[column]
+        assert item.rows == ({k: v for k, v in row.items() if k != column},)
 
 
 def test_a_number_is_no_name(tmp_path):

@@ -38,7 +38,7 @@ _clip_options = options.added(
 )
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Encode and decode a clip, and compare.")
 @options.path("input", "[IN]", required=False)
 @options.path("output", "[OUT]", required=False)
 @_clip_options
@@ -67,7 +67,7 @@ def reconstruct(**given: Any) -> None:
     _print_costs(encode=encoding, decode=decoding)
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Encode a video into a latents file.")
 @options.path("input", "IN")
 @options.path("output", "OUT")
 @_clip_options
@@ -95,7 +95,7 @@ def encode(**given: Any) -> None:
     _print_costs(encode=watch)
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Decode a latents file into a video.")
 @options.path("input", "IN")
 @options.path("output", "OUT")
 @options.model()

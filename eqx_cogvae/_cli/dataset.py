@@ -32,7 +32,7 @@ _common = options.added(
 )
 
 
-@click.command("encode-dataset", cls=options.Command)
+@click.command("encode-dataset", cls=options.Command, short_help="Encode many videos.")
 @_common
 @click.option(
     "--frames", type=options.Frames(), default=_DEFAULT.frames, help="8k + 1, or all; default: 49."
@@ -88,7 +88,7 @@ def encode(**given: Any) -> int:
     return _status(summary, strict=chosen.strict)
 
 
-@click.command("decode-dataset", cls=options.Command)
+@click.command("decode-dataset", cls=options.Command, short_help="Decode many latents files.")
 @_common
 @options.layout()
 @click.option("--threads", type=int, default=2, help="Files at a time; default: 2.")

@@ -14,7 +14,7 @@ from . import options
 _DEFAULT_FRAMES = 49
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Print a model's configuration and costs.")
 @click.argument("model", default="tiny", metavar="MODEL")
 @click.option("--dtype", type=click.Choice(options.DTYPES), help="Default: as stored.")
 @click.option(

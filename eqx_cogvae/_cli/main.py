@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest, **more: note(f"warning: {message}")
             # Click's own `main` would print a traceback's worth of its own for an interruption.
-            with commands.make_context("eqx_cogvae", words) as context:
+            with commands.make_context("python -m eqx_cogvae", words) as context:
                 return commands.invoke(context) or 0
     except click.exceptions.Exit as stop:
         return stop.exit_code

@@ -145,9 +145,11 @@ def size(*, several: bool = False) -> Callable:
     text = "Crop to the aspect and resize"
     more = "; more than one: the nearest aspect is taken." if several else "."
     return added(
-        click.option("--size", type=Size(), multiple=several, help=text + more),
-        click.option("--height", type=COUNT, help="In pixels, with --width: the same as --size."),
-        click.option("--width", type=COUNT),
+        click.option("--size", type=Size(), metavar="HxW", multiple=several, help=text + more),
+        click.option(
+            "--height", type=COUNT, metavar="H", help="In pixels, with --width: the same as --size."
+        ),
+        click.option("--width", type=COUNT, metavar="W"),
     )
 
 

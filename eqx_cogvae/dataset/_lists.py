@@ -22,27 +22,29 @@ COLUMNS = (
 Row = dict[str, Any]
 
 
-def rows(path: Path) -> Iterator[tuple[str, Row]]:
+def rows(path: Path, suffixes: Sequence[str]) -> Iterator[tuple[str, Row]]:
     """Yields, for each row of a list, the name of its file and its other columns.
+
+    Of several columns that may name it, the first with one of `suffixes` does.
 
     **Raises:** `ValueError` for a list that is not UTF-8, not of its kind, or has a row without
     a name; `ImportError` for Parquet without pyarrow.
     """
     for number, row in enumerate(_READERS[path.suffix.lower()](path), 1):
         where = f"row {number} of {path}"
-        name, columns = _name_and_columns(row, where)
+        name, columns = _name_and_columns(row, tuple(suffixes), where)
         yield name, portable(columns, where)
 
 
-def _name_and_columns(row: Any, where: str) -> tuple[str, Row]:
+def _name_and_columns(row: Any, suffixes: tuple[str, ...], where: str) -> tuple[str, Row]:
     if isinstance(row, str):
         row = {"video": row}
     if isinstance(row, dict):
         keys = {_plain(str(key)): key for key in reversed(row)}
-        for column in map(_plain, COLUMNS):
-            name = row.get(keys.get(column, column))
-            if isinstance(name, str) and name.strip():
-                return name, {k: v for k, v in row.items() if k != keys[column]}
+        named = [keys[column] for column in map(_plain, COLUMNS) if column in keys]
+        named = [key for key in named if isinstance(row[key], str) and row[key].strip()]
+        for key in sorted(named, key=lambda key: not row[key].lower().endswith(suffixes)):
+            return row[key], {k: v for k, v in row.items() if k != key}
     raise ValueError(
         f"{where} must name a file under one of {', '.join(COLUMNS)}, got {reprlib.repr(row)}."
     )
@@ -94,10 +96,9 @@ def _table(path: Path, delimiters: Sequence[str]) -> list[Row]:
 
 def _delimiter(text: str, delimiters: Sequence[str]) -> str:
     """Returns the first delimiter by which the header has a column that names files."""
-    line = text.lstrip().partition("\n")[0]
+    line = re.split("[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
     for delimiter in delimiters:
-        cells = next(csv.reader([line], delimiter=delimiter), [])
-        if not _NAMING.isdisjoint(map(_plain, cells)):
+        if not _NAMING.isdisjoint(_plain(cell) for cell in line.split(delimiter)):
             return delimiter
     return delimiters[0]
 

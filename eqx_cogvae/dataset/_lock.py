@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .._files import check_writable
+
 
 @contextlib.contextmanager
 def held(root: Path, suffix: str) -> Iterator[None]:
@@ -40,6 +42,7 @@ def _locked(root: Path, path: Path) -> Any:
         import fcntl
     except ImportError:
         return None
+    check_writable(path)
     while True:
         file = path.open("a+")
         try:

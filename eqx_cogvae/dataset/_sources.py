@@ -86,7 +86,8 @@ def find(source: str | Path, suffixes: Sequence[str]) -> list[Item]:
     elif suffix == ".tar":
         items = _in_tar(source, source.name, suffixes)
     elif suffix in LISTS:
-        items = (Item(readable(n), source.parent / n, rows=(row,)) for n, row in rows(source))
+        named = rows(source, suffixes)
+        items = (Item(readable(n), source.parent / n, rows=(row,)) for n, row in named)
     elif suffix in suffixes:
         items = [Item(readable(source.name), source)]
     else:
