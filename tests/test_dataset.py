@@ -535,7 +535,9 @@ def test_lists_bring_their_columns(vae, videos, tmp_path):
 
 def test_two_captions_of_one_video_are_both_kept(vae, videos, tmp_path):
     listed = videos / "two.csv"
-    listed.write_text("path,caption\na.mp4,one\na.mp4,two\nc.mp4,three\n", encoding="utf-8-sig")
+    listed.write_text(
+        "path,caption,fps\na.mp4,one,1\na.mp4,two,2\nc.mp4,three,3\n", encoding="utf-8-sig"
+    )
     try:
         for container in ("safetensors", "webdataset"):
             root = tmp_path / container
@@ -553,7 +555,8 @@ def test_two_captions_of_one_video_are_both_kept(vae, videos, tmp_path):
         assert len(tar.getnames()) == 6
         said = [json.load(tar.extractfile(n)) for n in tar.getnames() if n.endswith(".json")]
     assert [sample["caption"] for sample in said] == ["one", "one", "three"]
-    assert said[0]["rows"] == [{"caption": "one"}, {"caption": "two"}] and "rows" not in said[2]
+    due = [{"caption": "one", "input_fps": "1"}, {"caption": "two", "input_fps": "2"}]
+    assert said[0]["rows"] == due and "rows" not in said[2]
 
 
 def test_the_users_own_columns_keep_their_values(vae, videos, tmp_path):

@@ -40,6 +40,11 @@ class Item:
     rows: tuple[Row, ...] = dataclasses.field(default=({},), hash=False)
     problem: str | None = None
 
+    @property
+    def fields(self) -> Row:
+        """The columns of the first row."""
+        return self.rows[0]
+
     @contextlib.contextmanager
     def local(self) -> Iterator[tuple[Path, str]]:
         """Gives a path to read it at, and the SHA-256 of its bytes.

@@ -207,7 +207,8 @@ class Store:
 
 def _sample(clip: Entry, rows: Sequence[Row]) -> Entry:
     """Returns what a tar says of a clip: the line of its first row, and all rows of several."""
-    more = {"rows": list(rows)} if len(rows) > 1 else {}
+    every = [with_columns({}, row, RESERVED) for row in rows]
+    more = {"rows": every} if len(rows) > 1 else {}
     return with_columns(clip, rows[0], RESERVED) | more
 
 
