@@ -126,8 +126,9 @@ def _parquet(path: Path) -> list[Row]:
         raise ImportError(f"{path} needs pyarrow: pip install pyarrow.") from error
     try:
         return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is no complete Parquet file: {error}.") from error
+    except (pyarrow.ArrowException, ValueError, OSError, OverflowError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} is no complete Parquet file: {said}.") from error
 
 
 _READERS: dict[str, Callable[[Path], list[Any]]] = {
