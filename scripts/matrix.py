@@ -23,7 +23,7 @@ CHEAP = (
 LOWEST = (
     *("jax==0.10.0", "equinox==0.13.1", "jaxtyping==0.3.6", "numpy==2.0.0", "safetensors==0.5.0"),
     *("huggingface_hub==0.34.0", "torch==2.6.0", "diffusers==0.35.0", "transformers==4.50.0"),
-    *("accelerate==1.0.0", "av==18.1.0", "optax==0.2.5"),
+    *("accelerate==1.0.0", "av==18.1.0", "optax==0.2.5", "click==8.2.0"),
 )
 LEFT_OUT = 3
 

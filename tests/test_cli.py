@@ -1,5 +1,10 @@
 """`python -m eqx_cogvae`, run in this process on a model of random weights."""
 
+import os
+import subprocess
+import sys
+
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +13,7 @@ import safetensors.numpy
 
 import eqx_cogvae as cv
 from eqx_cogvae import _latents, video
-from eqx_cogvae._cli import main as cli
+from eqx_cogvae._cli import main as cli, options
 
 CONFIG = cv.Config(
     block_out_channels=(4, 4, 4, 8),
@@ -127,6 +132,129 @@ def test_dtypes(dtype, source, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "command", ["encode SOURCE z.safetensors", "reconstruct SOURCE a.npy", "reconstruct OUT.npy"]
+)
+def test_one_way_to_name_a_size(command, source, tmp_path, capsys):
+    words = command.replace("SOURCE", str(source)).replace("OUT.npy", "").split()
+    for size in (("--size", "16x16"), ("--height", 16, "--width", 16)):
+        assert run(*words, "--frames", 1, *size) == 0
+        assert "1 frames of 16x16 " in capsys.readouterr().out
+    for size in (("--height", 16), ("--size", "16x16", "--height", 16, "--width", 16)):
+        assert run(*words, *size) == 2
+        assert "--height and --width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--size", 9, "16x24"),
+        ("--frames", 9, "--size", "16x24"),
+        ("--frames", 9, "--height", 16, "--width", 24),
+        ("--size", "16x24", "--frames", "9"),
+    ],
+)
+def test_one_way_to_name_a_size_of_a_plan(options, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cv, "plan", lambda vae, shape, **rest: asked.append(shape))
+    assert run("info", *options) == 0
+    assert asked == [(1, 9, 16, 24)]
+
+
+@pytest.mark.parametrize(
+    ("words", "due"),
+    [
+        (["--buckets", "8x8", "16x16", "in"], ["--size", "8x8", "--size", "16x16", "in"]),
+        (["--buckets", "x"], ["--size", "x"]),
+        (["--buckets"], ["--buckets"]),
+        (["--size", "9", "8x8"], ["--size", "9", "8x8"]),
+        (["--", "--buckets", "8x8", "16x16"], ["--", "--buckets", "8x8", "16x16"]),
+    ],
+)
+def test_sizes_as_earlier_versions_took_them(words, due, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(
+        click.Command, "parse_args", lambda self, ctx, args: parsed.append(args) or args
+    )
+    options.Command("encode-dataset").parse_args(click.Context(click.Command("x")), words)
+    assert parsed == [due]
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ("--frames 100", "holds 17 frames, asked for frames 0 to 99"),
+        ("--start 10 --frames 8", "holds 17 frames, asked for frames 10 to 17"),
+        ("--start 17", "holds 17 frames, asked for frame 17 and later"),
+        ("--fps 6 --frames 10", "holds 9 frames, asked for frames 0 to 9"),
+        ("--fps 24 --frames 35", "holds 34 frames, asked for frames 0 to 34"),
+    ],
+)
+@pytest.mark.parametrize("command", ["encode SOURCE OUT.safetensors", "reconstruct SOURCE OUT.npy"])
+def test_frames_that_are_not_there_are_told_at_once(
+    command, asked, match, source, monkeypatch, capsys
+):
+    """Before the model is loaded."""
+    monkeypatch.setattr(cv, "from_pretrained", None)
+    assert run(*command.replace("SOURCE", str(source)).split(), *asked.split()) == 2
+    assert match in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_frames_that_are_just_there(source, tmp_path):
+    for asked in ("--frames 17", "--start 16", "--fps 6 --frames 9", "--fps 24 --frames 34"):
+        assert run("encode", source, "z.safetensors", *asked.split()) == 0
+        found = _latents.load_latents(tmp_path / "z.safetensors")
+        due = video.read(
+            source,
+            **{n.strip("-"): int(v) for n, v in zip(*[iter(asked.split())] * 2, strict=True)},
+        )
+        assert found.frames == due.shape[1]
+
+
+def test_a_rate_above_the_videos_own_is_told(source, capsys):
+    assert run("encode", source, "z.safetensors", "--fps", 24, "--frames", 1) == 0
+    said = capsys.readouterr().err
+    assert "clip.mp4 has 12 frames a second, fewer than --fps 24: frames are repeated" in said
+    assert run("encode", source, "z.safetensors", "--fps", 12, "--frames", 1) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_names_with_colons_and_not_utf8(source, tmp_path):
+    for name in ("2024-01-01T12:30:00", os.fsdecode(b"caf\xe9"), "猫"):
+        (tmp_path / f"{name}.mp4").write_bytes(source.read_bytes())
+        assert run("encode", f"{name}.mp4", f"{name}.safetensors", "--frames", 1) == 0
+        assert run("decode", f"{name}.safetensors", f"{name}.mkv") == 0
+        assert run("reconstruct", f"{name}.mkv", f"{name}.mov") == 0
+        assert video.info(tmp_path / f"{name}.mov").frames == 1
+
+
+def test_latents_that_decode_to_nan(tmp_path, capsys):
+    z = np.random.default_rng(0).standard_normal((1, 3, 2, 3, 4)).astype(np.float32)
+    _latents.save_latents("z.safetensors", _latents.Latents(z * np.float32(1e38)))
+    for output in ("a.mp4", "a.npy"):
+        assert run("decode", "z.safetensors", output) == 2
+        assert "decode to NaN or infinite values from frame 0 on" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["z.safetensors"]
+
+
+def test_a_rate_that_no_file_holds(monkeypatch, capsys):
+    """Told before anything is decoded; raw floats have no rate."""
+    record = _latents.Latents(np.zeros((1, 1, 2, 3, 4), np.float32), fps=5000.0)
+    _latents.save_latents("z.safetensors", record)
+    assert run("decode", "z.safetensors", "a.npy") == 0
+    monkeypatch.setattr(cv, "streamed", None)
+    assert run("decode", "z.safetensors", "a.mp4") == 2
+    assert "`fps` must be a positive number, got 5000" in capsys.readouterr().err
+
+
+def test_latents_are_unscaled_by_their_files_factor(vae, tmp_path):
+    z = np.random.default_rng(0).standard_normal((1, 2, 2, 3, 4)).astype(np.float32)
+    record = _latents.Latents(z * np.float32(1.15258426), scaled=True, scaling_factor=1.15258426)
+    _latents.save_latents("z.safetensors", record)
+    assert run("decode", "z.safetensors", "a.npy") == 0
+    np.testing.assert_allclose(np.load("a.npy"), vae.decode(jnp.asarray(z)), rtol=1e-5, atol=1e-5)
+
+
 def test_odd_sizes_are_fitted(tmp_path, capsys):
     video.write(tmp_path / "odd.mp4", video.procedural_clip(1, 21, 30))
     assert run("encode", "odd.mp4", "z.safetensors") == 0
@@ -193,13 +321,16 @@ def latents(**fields):
         ("encode SOURCE OUT.mp4", "must end in .safetensors"),
         ("encode SOURCE none/OUT.safetensors", "there is no directory none"),
         ("encode SOURCE OUT.safetensors --model none", "there is no model 'none'"),
-        ("encode SOURCE OUT.safetensors --dtype int8", "invalid choice: 'int8'"),
-        ("encode SOURCE OUT.safetensors --frames 0", "at least 1, got '0'"),
+        (
+            "encode SOURCE OUT.safetensors --dtype int8",
+            "Invalid value for '--dtype': 'int8' is not one of 'float32'",
+        ),
+        ("encode SOURCE OUT.safetensors --frames 0", "0 is not in the range 1<=x<=9999999"),
         ("encode SOURCE OUT.safetensors --frames 99", "holds 17 frames, asked for frames 0 to 98"),
         ("encode SOURCE OUT.safetensors --size 20x24", "multiples of 8, such as 16x24"),
-        ("encode SOURCE OUT.safetensors --size 20", "HEIGHTxWIDTH, such as 96x144, got '20'"),
+        ("encode SOURCE OUT.safetensors --size 20", "HEIGHTxWIDTH, such as 480x720, got '20'"),
         ("reconstruct SOURCE OUT.mp4 --seed 1", "--seed is of the procedural clip"),
-        ("encode SOURCE", "the following arguments are required: OUT"),
+        ("encode SOURCE", "Missing argument 'OUT'"),
         ("reconstruct SOURCE OUT.gif", "must end in .mp4 or .mov or .mkv or .npy"),
         ("reconstruct --start 3", "--start is of a video"),
         ("decode none OUT.mp4", "there is no latents file at none"),
@@ -210,7 +341,7 @@ def latents(**fields):
         ("decode two OUT.mp4", "holds 2 clips, expected one"),
         ("info none", "there is no model 'none'"),
         ("info tiny --size 9 big", "HEIGHTxWIDTH"),
-        ("fly", "invalid choice: 'fly'"),
+        ("fly", "No such command 'fly'"),
     ],
 )
 def test_mistakes_are_one_line(command, match, source, tmp_path, capsys, monkeypatch):
@@ -239,3 +370,48 @@ def test_an_interruption_leaves_nothing(monkeypatch, source, tmp_path, capsys):
     assert run("decode", "z.safetensors", "a.mp4") == 130
     assert "interrupted" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["z.safetensors"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"], ["encode", "--help"]])
+def test_help_and_version(words, capsys):
+    assert run(*words) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    due = ("eqx_cogvae " + cv.__version__) if words == ["--version"] else "--help"
+    assert due in said.out
+    if words == ["--help"]:
+        for command in ("reconstruct", "encode", "decode", "encode-dataset", "decode-dataset"):
+            assert f"  {command} " in said.out
+
+
+LIGHT = """
+import sys
+from eqx_cogvae.__main__ import main
+code = main({words!r})
+heavy = [m for m in ("av", "diffusers", "optax", "pyarrow", "ray", "torch") if m in sys.modules]
+print(code, heavy)
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["encode", "--dtype", "int8"]])
+def test_help_and_mistakes_import_nothing_heavy(words):
+    code = LIGHT.format(words=words)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{2 * (len(words) > 1)} []"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processor time of children is of Unix")
+def test_help_costs_little_more_than_the_import():
+    """In processor time, which other work on the machine hardly changes; the least of three."""
+
+    def cost(*words):
+        before = os.times()
+        subprocess.run([sys.executable, *words], capture_output=True, check=True)
+        after = os.times()
+        return after.children_user + after.children_system - sum(before[2:4])
+
+    pairs = [
+        (cost("-c", "import eqx_cogvae"), cost("-m", "eqx_cogvae", "--help")) for _ in range(3)
+    ]
+    bare, ours = map(min, zip(*pairs, strict=True))
+    assert ours < bare + 0.2

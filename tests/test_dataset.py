@@ -1,5 +1,6 @@
 """Whole datasets: what is encoded, under which names, and that no accident changes it."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -15,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,9 @@ from eqx_cogvae._cli import dataset as _dataset_commands, main as cli
 from eqx_cogvae.dataset import (
     Settings,
     _clips as _dataset_clips,
+    _decode as _dataset_decode,
     _encode as _dataset_encode,
+    _lock as _dataset_lock,
     _sources as _dataset_sources,
 )
 
@@ -183,7 +187,7 @@ def test_samples_are_seeded_by_what_they_are_of(vae, videos, tmp_path):
     assert len({sample.seed for sample in samples + others}) == 8
     for posterior, sample in zip(posteriors, samples, strict=True):
         found = cv.DiagonalGaussian(jnp.asarray(posterior.array), jnp.asarray(posterior.logvar))
-        due = found.sample(jax.random.key(sample.seed))
+        due = found.sample(dataset.noise_key(sample.seed))
         np.testing.assert_array_equal(sample.array, due)
     for a, b in zip(samples, others, strict=True):
         assert np.abs(a.array - b.array).max() > 1e-3
@@ -289,13 +293,27 @@ def test_broken_videos_are_reported_and_nothing_else_is_lost(vae, videos, tmp_pa
     for row in skipped:
         assert row["reason"].startswith(due[row["source"]])
         assert str(tmp_path) not in row["reason"]
+    assert "truncated" in skipped[0]["reason"]
     assert summary.skipped == tuple((row["source"], row["reason"]) for row in skipped)
     whole = tree(tmp_path / "z")
-    assert (
-        run("encode-dataset", tmp_path / "v", tmp_path / "z", "--model", model, "--frames", 9) == 0
-    )
+    arguments = ("encode-dataset", tmp_path / "v", tmp_path / "z", "--model", model, "--frames", 9)
+    assert run(*arguments) == 0
     assert "skipped garbage.mp4: garbage.mp4 is not a video" in capsys.readouterr().err
+    assert run(*arguments, "--strict") == 1
+    assert "5 sources were skipped, and --strict allows none" in capsys.readouterr().err
     assert tree(tmp_path / "z") == whole
+
+
+def test_a_run_in_which_everything_failed(tmp_path, model, capsys):
+    """Also for latents; where nothing was skipped, there is nothing to complain of."""
+    for command, name in (("encode-dataset", "a.mp4"), ("decode-dataset", "a.safetensors")):
+        (tmp_path / name).write_bytes(b"garbage" * 9)
+        arguments = (command, tmp_path / name, tmp_path / "z", "--model", model)
+        assert run(*arguments) == 1
+        said = capsys.readouterr()
+        assert "error: all of the 1 sources failed: skipped.jsonl tells why" in said.err
+        assert "skipped                      1" in said.out
+        assert run(*arguments, "--shard", "1/2", "--strict") == 0
 
 
 def test_clips_before_a_fault_are_kept(vae, tmp_path, monkeypatch):
@@ -515,6 +533,205 @@ def test_lists_bring_their_columns(vae, videos, tmp_path):
     assert [clip["caption"] for clip in manifest(tmp_path / "b")] == ["two"]
 
 
+def test_two_captions_of_one_video_are_both_kept(vae, videos, tmp_path):
+    listed = videos / "two.csv"
+    listed.write_text(
+        "path,caption,fps\na.mp4,one,1\na.mp4,two,2\nc.mp4,three,3\n", encoding="utf-8-sig"
+    )
+    try:
+        for container in ("safetensors", "webdataset"):
+            root = tmp_path / container
+            summary = dataset.encode(vae, listed, root, NINE, container=container)
+            assert (summary.sources, summary.clips, summary.written) == (2, 3, 3)
+            said = [(c["source"], c["start"], c["caption"]) for c in manifest(root)]
+            assert said == [
+                *(("a.mp4", start, caption) for start in (0, 9) for caption in ("one", "two")),
+                ("c.mp4", 0, "three"),
+            ]
+            assert len({clip["id"] for clip in manifest(root)}) == 3
+    finally:
+        listed.unlink()
+    with tarfile.open(tmp_path / "webdataset" / "latents-000000.tar") as tar:
+        assert len(tar.getnames()) == 6
+        said = [json.load(tar.extractfile(n)) for n in tar.getnames() if n.endswith(".json")]
+    assert [sample["caption"] for sample in said] == ["one", "one", "three"]
+    due = [{"caption": "one", "input_fps": "1"}, {"caption": "two", "input_fps": "2"}]
+    assert said[0]["rows"] == due and "rows" not in said[2]
+
+
+def test_the_users_own_columns_keep_their_values(vae, videos, tmp_path):
+    """Under names of the manifest's own, and beside a column that has the name they would get."""
+    mine = {name: f"my {name}" for name in ("id", "start", "frames", "fps", "file", "seed")}
+    mine |= {"input_id": "more", "k": 1}
+    row = json.dumps(mine | {"video": "c.mp4"})
+    tar_of(tmp_path / "in.tar", {"c.mp4": (videos / "c.mp4").read_bytes(), "c.json": row.encode()})
+    dataset.encode(vae, tmp_path / "in.tar", tmp_path / "z", NINE, container="webdataset")
+    due = {f"input_{n}": f"my {n}" for n in ("start", "frames", "fps", "file", "seed")}
+    due |= {"input_id": "more", "input_input_id": "my id", "k": 1, "frames": 9, "fps": 12.0}
+    (clip,) = manifest(tmp_path / "z")
+    assert due.items() <= clip.items() and clip["video"] == "c.mp4"
+    assert clip["file"] == "latents-000000.tar"
+    # Back again, the columns of the tar come along, and the video's own name is not lost.
+    dataset.decode(vae, tmp_path / "z", tmp_path / "back")
+    (decoded,) = manifest(tmp_path / "back")
+    assert (decoded["input_source"], decoded["id"]) == ("in.tar/c.mp4", clip["id"])
+    assert (decoded["input_input_fps"], decoded["input_fps"]) == (12.0, "my fps")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_name_that_is_not_utf8(vae, videos, tmp_path):
+    (tmp_path / "v").mkdir()
+    raw = os.fsdecode("caf\xe9.mp4".encode("latin-1"))
+    (tmp_path / "v" / raw).write_bytes((videos / "c.mp4").read_bytes())
+    summary = dataset.encode(vae, tmp_path / "v", tmp_path / "z", NINE)
+    assert (summary.clips, summary.skipped) == (1, ())
+    (clip,) = manifest(tmp_path / "z")
+    assert load(tmp_path / "z", clip).source == clip["source"] == r"caf\udce9.mp4"
+    assert dataset.encode(vae, tmp_path / "v", tmp_path / "z", NINE).written == 0
+
+
+def damage_tar(root):
+    """Cuts the second member of the first tar, so that one clip of it is whole."""
+    path = root / "latents-000000.tar"
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2]
+    os.truncate(path, third.offset_data + third.size // 2)
+    return 2
+
+
+def empty_tar(root):
+    (root / "latents-000000.tar").write_bytes(b"")
+    return 3
+
+
+def zero_tar(root):
+    """A crash may leave a file's size, and zeros for its content."""
+    path = root / "latents-000001.tar"
+    path.write_bytes(bytes(path.stat().st_size))
+    return 1
+
+
+def zero_tail(root):
+    """The second half of the first tar: its first clip is whole."""
+    path = root / "latents-000000.tar"
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2]
+    content = path.read_bytes()
+    path.write_bytes(content[: third.offset] + bytes(len(content) - third.offset))
+    return 2
+
+
+def strange_tar(root):
+    """One that another program put there stays as it is, whatever its blocks."""
+    tar_of(root / "latents-000007.tar", {"readme": b"1"})
+    os.truncate(root / "latents-000007.tar", 2048)
+    return 0
+
+
+def empty_records(root):
+    for path in files(root / "records"):
+        path.write_bytes(b"")
+    return 0
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_tar, empty_tar, zero_tar, zero_tail, strange_tar, empty_records]
+)
+def test_damaged_outputs_are_done_again(damage, vae, videos, tmp_path):
+    options = {"container": "webdataset", "per_tar": 3}
+    dataset.encode(vae, videos, tmp_path, NINE, **options)
+    whole = tree(tmp_path)
+    due = damage(tmp_path)
+    assert tree(tmp_path) != whole
+    strange = tmp_path / "latents-000007.tar"
+    whole |= {strange.name: strange.read_bytes()} if strange.exists() else {}
+    assert dataset.encode(vae, videos, tmp_path, NINE, **options).written == due
+    assert len(manifest(tmp_path)) == 4
+    # A small tar without its second half is a tar of one clip: the others go into another.
+    if damage is not zero_tail:
+        assert tree(tmp_path) == whole
+    for clip in manifest(tmp_path):
+        with tarfile.open(tmp_path / clip["file"]) as tar:
+            content = tar.extractfile(f"{clip['id']}.safetensors").read()
+        (tmp_path / "member").write_bytes(content)
+        assert _latents.load_latents(tmp_path / "member").start == clip["start"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 900, None], ids=["empty", "zeros", "half"])
+def test_damaged_clips_are_done_again(content, vae, videos, tmp_path):
+    dataset.encode(vae, videos, tmp_path, NINE)
+    whole = tree(tmp_path)
+    path = tmp_path / manifest(tmp_path)[1]["file"]
+    path.write_bytes(path.read_bytes()[:500] if content is None else content)
+    assert dataset.encode(vae, videos, tmp_path, NINE).written == 1
+    assert tree(tmp_path) == whole
+
+
+def test_one_run_at_a_time_in_a_folder(vae, videos, tmp_path, model, capsys):
+    with _dataset_lock.held(tmp_path, ""):
+        with pytest.raises(
+            BlockingIOError, match=rf"written to by process {os.getpid()} on \S+, sin"
+        ):
+            dataset.encode(vae, videos, tmp_path, NINE, container="webdataset")
+        with pytest.raises(BlockingIOError, match="name another folder"):
+            dataset.encode(vae, videos, tmp_path, NINE)
+        assert run("encode-dataset", videos, tmp_path, "--model", model, "--frames", 9) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        # Another shard has lists and tars of its own.
+        assert dataset.encode(vae, videos, tmp_path, NINE, shard=(0, 2)).clips == 3
+    # What a killed run leaves holds nobody up.
+    (tmp_path / ".run.lock").write_text("process 1 on elsewhere")
+    assert dataset.encode(vae, videos, tmp_path, NINE).written == 1
+    assert not list(tmp_path.glob(".run*"))
+
+
+def test_a_rate_above_the_videos_own_is_told(vae, videos, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset.encode(vae, videos, tmp_path, Settings(frames=9, fps=24))
+    told = [str(warning.message) for warning in caught]
+    assert told == [
+        "a.mp4 has 12 frames a second, fewer than the 24 that were asked for: frames are "
+        "repeated. Leave `fps` out to take each as it is.",
+        "3 videos have fewer than 24 frames a second: some were repeated.",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset.encode(vae, videos, tmp_path / "same", Settings(frames=9, fps=12.1))
+
+
+def test_a_video_too_large_for_memory_is_skipped(vae, videos, tmp_path, monkeypatch):
+    real = _dataset_encode.jitted_step
+
+    def step(pair, cache):
+        if pair[1].shape[2] == 24:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return real(pair, cache)
+
+    monkeypatch.setattr(_dataset_encode, "jitted_step", step)
+    write(tmp_path / "v" / "large.mp4", 9, size=(24, 16))
+    (tmp_path / "v" / "c.mp4").write_bytes((videos / "c.mp4").read_bytes())
+    summary = dataset.encode(vae, tmp_path / "v", tmp_path / "z", NINE)
+    said = "frames of 24x16 do not fit into memory: name a smaller size."
+    assert (summary.clips, summary.skipped) == (1, (("large.mp4", said),))
+
+
+def test_a_damaged_video_is_listed_by_name(vae, videos, tmp_path):
+    """FFmpeg conceals what is lost of a frame, and flags it."""
+    write(tmp_path / "v" / "damaged.mp4", 9, size=(64, 96))
+    with av.open(str(tmp_path / "v" / "damaged.mp4")) as container:
+        packet = max(list(container.demux(video=0))[1:], key=lambda packet: packet.size)
+        place, size = packet.pos, packet.size
+    content = bytearray((tmp_path / "v" / "damaged.mp4").read_bytes())
+    content[place + size // 2 : place + size] = bytes(size - size // 2)
+    (tmp_path / "v" / "damaged.mp4").write_bytes(content)
+    (tmp_path / "v" / "c.mp4").write_bytes((videos / "c.mp4").read_bytes())
+    summary = dataset.encode(vae, tmp_path / "v", tmp_path / "z", Settings(frames=9, sizes=(SIZE,)))
+    assert [name for name, _ in summary.skipped] == ["damaged.mp4"]
+    assert "damaged.mp4" in summary.skipped[0][1]
+    assert [clip["source"] for clip in manifest(tmp_path / "z")] == ["c.mp4"]
+
+
 def test_devices_share_the_work(model, videos, vae, tmp_path):
     arguments = ("encode-dataset", videos, tmp_path / "two", "--model", model, "--frames", 9)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
@@ -534,7 +751,7 @@ def test_decoding_goes_on_while_the_model_works():
 
     begun = time.perf_counter()
     seconds = 0.0
-    for item, feed in _dataset_clips.ahead(range(6), slow, 2):
+    for item, feed in _dataset_clips.prefetched(range(6), slow, 2):
         for i, event in enumerate(feed):
             assert event == (item, i)
             time.sleep(0.02)
@@ -549,7 +766,7 @@ def test_an_error_of_a_thread_is_raised_where_it_is_read():
         raise RuntimeError("of the thread")
 
     with pytest.raises(RuntimeError, match="of the thread"):
-        [list(feed) for _, feed in _dataset_clips.ahead([1, 2], faulty, 2)]
+        [list(feed) for _, feed in _dataset_clips.prefetched([1, 2], faulty, 2)]
 
 
 def test_summary_and_progress(vae, videos, tmp_path):
@@ -612,6 +829,52 @@ def test_decode_dataset(vae, videos, tmp_path, model, capsys):
     assert tree(tmp_path / "back") == whole
 
 
+def test_latents_that_cannot_be_decoded_are_listed(vae, tmp_path, model, capsys):
+    good = np.random.default_rng(0).standard_normal((1, 3, 2, 3, 4)).astype(np.float32)
+    (tmp_path / "z").mkdir()
+    for name, fields in {
+        "good": {},
+        "huge": {"array": good * np.float32(1e38)},
+        "fast": {"fps": 5000.0},
+    }.items():
+        record = _latents.Latents(**{"array": good, "frames": 9} | fields)
+        _latents.save_latents(tmp_path / "z" / f"{name}.safetensors", record)
+    arguments = ("decode-dataset", tmp_path / "z", tmp_path / "back", "--model", model)
+    for strict, status in (((), 0), (("--strict",), 1)):
+        assert run(*arguments, *strict) == status
+        skipped = {row["source"]: row["reason"] for row in lines(tmp_path / "back/skipped.jsonl")}
+        assert list(skipped) == ["fast.safetensors", "huge.safetensors"]
+        assert "`fps` must be a positive number, got 5000" in skipped["fast.safetensors"]
+        said = "its latents decode to NaN or infinite values from frame 0 on"
+        assert skipped["huge.safetensors"].startswith(said)
+        assert [clip["source"] for clip in manifest(tmp_path / "back")] == ["good.safetensors"]
+        assert len(files(tmp_path / "back")) == 3
+    assert "--strict allows none" in capsys.readouterr().err
+    # A crash of the machine may cut a video short.
+    (whole,) = (tmp_path / "back").glob("*.mp4")
+    before = whole.read_bytes()
+    whole.write_bytes(before[:100])
+    assert dataset.decode(vae, tmp_path / "z", tmp_path / "back").written == 1
+    assert whole.read_bytes() == before
+
+
+@pytest.mark.parametrize("own", [0.7, 1.15258426, None])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scaled_latents_are_unscaled_by_their_files_factor(own, dtype, tmp_path, unchecked):
+    config = dataclasses.replace(CONFIG, shift_factor=0.25, latents_std=(1.0, 2.0, 3.0, 4.0))
+    vae = cv.VAE(config, key=jax.random.key(0))
+    z = np.random.default_rng(0).standard_normal((1, 3, 2, 3, 4))
+    std = np.array(config.latents_std)
+    scaled = (z - 0.25) / std * (own or config.scaling_factor)
+    record = _latents.Latents(scaled.astype(dtype), scaled=True, scaling_factor=own, frames=7)
+    _latents.save_latents(tmp_path / "z.safetensors", record)
+    record = _latents.load_latents(tmp_path / "z.safetensors", channels=4)
+    array, count = _dataset_decode.to_decode(vae, record)
+    assert (array.dtype, count) == (dtype, 7)
+    error = np.linalg.norm(np.float64(array) - z) / np.linalg.norm(z)
+    assert error < (1e-6 if dtype == "float32" else 8e-3)
+
+
 def test_decode_dataset_of_tars_and_of_another_model(vae, videos, tmp_path):
     dataset.encode(vae, videos, tmp_path / "z", NINE, container="webdataset")
     other = cv.VAE(CONFIG, key=jax.random.key(1))
@@ -648,18 +911,25 @@ def test_settings_are_checked(fields, match):
         ("empty DST", "holds nothing that ends in .avi"),
         ("SRC file", "is a file: name a folder"),
         ("file DST", "must be a folder, a .tar, a list"),
-        ("bad.jsonl DST", "must hold a JSON object in each line"),
+        ("bad.jsonl DST", "line 1 of bad.jsonl must hold JSON: Expecting property name"),
         ("bad.csv DST", "row 1 of bad.csv must name a file under one of video, path"),
         ("SRC DST --frames 8", "must be 8k + 1, got 8"),
         ("SRC DST --frames some", "expected 8k + 1 frames or `all`"),
         ("SRC DST --height 16", "--height and --width go together"),
         ("SRC DST --height 20 --width 24", "multiples of 8, got (20, 24): try (16, 24)"),
-        ("SRC DST --height 16 --width 24 --buckets 8x8", "--buckets are sizes already"),
+        (
+            "SRC DST --height 16 --width 24 --buckets 8x8",
+            "are a size: leave --size and --buckets out",
+        ),
         ("SRC DST --buckets 8", "HEIGHTxWIDTH, such as 480x720, got '8'"),
         ("SRC DST --shard 8/8", "a shard is I/N, from 0/N on, such as 0/8, got '8/8'"),
         ("SRC DST --decoders 0", "`decoders` must be at least 1, got 0"),
         ("SRC DST --per-tar 0", "`per_tar` must be at least 1 clip"),
-        ("SRC DST --engine spark", "invalid choice: 'spark'"),
+        ("SRC DST --size 16x24 --height 16 --width 24", "leave --size and --buckets out"),
+        ("SRC DST --fps 5000", "a frame rate is of 0.001 to 1000, got '5000'"),
+        ("latin.csv DST", "latin.csv is not UTF-8 (byte 0xe9 in line 2): save it as UTF-8."),
+        ("seven.jsonl DST", "row 1 of seven.jsonl must name a file under one of video, path"),
+        ("SRC DST --engine spark", "'spark' is not one of 'local', 'ray'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, match, videos, model, tmp_path, monkeypatch, capsys):
@@ -668,6 +938,8 @@ def test_mistakes_are_one_line(arguments, match, videos, model, tmp_path, monkey
     Path("file").write_text("text")
     Path("bad.jsonl").write_text("{")
     Path("bad.csv").write_text("name\nx\n")
+    Path("latin.csv").write_bytes(b"video,caption\na.mp4,caf\xe9\n")
+    Path("seven.jsonl").write_text('{"video": 7}')
     try:
         code = run(
             "encode-dataset", *arguments.replace("SRC", str(videos)).split(), "--model", model
@@ -677,6 +949,14 @@ def test_mistakes_are_one_line(arguments, match, videos, model, tmp_path, monkey
     said = capsys.readouterr()
     assert code == 2 and said.out == ""
     assert match in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["encode-dataset", "decode-dataset"])
+def test_a_dataset_asks_for_a_model(command, videos, tmp_path, capsys):
+    assert run(command, videos, tmp_path / "z") == 2
+    said = capsys.readouterr().err
+    assert "Missing option '--model'" in said and said.count("\n") == 1
+    assert not (tmp_path / "z").exists()
 
 
 def test_names_are_told_apart(tmp_path):

@@ -19,7 +19,7 @@ from reference import normal
 
 import eqx_cogvae as cv
 from eqx_cogvae import _checks as _clips, _latents, training, video
-from eqx_cogvae._cli import main as cli
+from eqx_cogvae._cli import clips as cli
 
 resource = pytest.importorskip("resource", reason="limits on files are of Unix")
 
@@ -50,7 +50,7 @@ WRITERS = {
         "a.png",
         lambda path: video.filmstrip(video.procedural_clip(3, 32, 32), path=path),
     ),
-    "npy": ("a.npy", lambda path: cli._write(path, iter([np.ones((1, 2, 16, 16, 3))]), 8.0)),
+    "npy": ("a.npy", lambda path: cli.write(path, iter([np.ones((1, 2, 16, 16, 3))]), 8.0)),
     "state": ("state", lambda path: training.save_state(path, state())),
 }
 

@@ -1,123 +1,138 @@
 """The commands `encode-dataset` and `decode-dataset`."""
 
-import argparse
-import re
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import click
+import jax.numpy as jnp
+
+import eqx_cogvae as cv
+
 from .. import dataset
-from ..dataset import _store as store
+from .._latents import LAYOUTS
 from ..dataset._run import ENGINES
+from ..dataset._settings import KINDS, TAILS
+from ..dataset._store import CONTAINERS
+from . import options
+from .messages import note
 
-_EVERY = 30.0
-_BRIEF = 5
+_REPORT_SECONDS = 30.0
+_MOST_SHOWN = 5
+_DEFAULT = dataset.Settings()
+_FAILED = 1
 
-
-def add_commands(
-    commands: Any, load: Callable[[argparse.Namespace], Any], note: Callable[[str], None]
-) -> None:
-    """Adds both to a parser's commands; `load` gives the model that options name."""
-    for run, about in (
-        (_encode, "videos to latents, a whole dataset"),
-        (_decode, "latents to videos, a whole dataset"),
-    ):
-        command = commands.add_parser(f"{run.__name__[1:]}-dataset", help=about, description=about)
-        command.set_defaults(run=lambda options, run=run: run(options, load, note))
-        command.add_argument("source", type=Path, metavar="SRC", help="folder, tar or list")
-        command.add_argument("destination", type=Path, metavar="DST", help="a folder")
-        command.add_argument("--model", default="tiny", help="directory or hub id; default: tiny")
-        command.add_argument(
-            "--dtype", choices=("float32", "bfloat16", "float16"), default="float32"
-        )
-        command.add_argument("--fps", type=float, help="default: as the input has it")
-        command.add_argument(
-            "--shard", type=_shard, default=(0, 1), metavar="I/N", help="0/8 to 7/8: a part of all"
-        )
-        (_add_encoding if run is _encode else _add_decoding)(command)
+_common = options.added(
+    options.path("source", "SRC"),
+    options.path("destination", "DST"),
+    options.model(required=True),
+    click.option("--shard", type=options.Shard(), default=(0, 1), help="0/8 to 7/8: a part."),
+    click.option("--strict", is_flag=True, help="Exit with 1 where anything was skipped."),
+)
 
 
-def _add_encoding(command: argparse.ArgumentParser) -> None:
-    default = dataset.Settings()
-    add = command.add_argument
-    add("--frames", type=_frames, default=default.frames, help="8k + 1, or all; default: 49")
-    add("--height", type=int, help="in pixels; with --width")
-    add("--width", type=int)
-    add(
-        "--buckets", nargs="+", type=_size, metavar="HxW", help="sizes, the nearest aspect is taken"
-    )
-    add("--latents", choices=store.KINDS, default=default.latents, help="default: mode")
-    add("--seed", type=int, default=default.seed, help="of samples; default: 0")
-    add("--layout", choices=("BTHWC", "BCTHW"), default=default.layout, help="default: BTHWC")
-    add("--tail", choices=store.TAILS, default=default.tail, help="of a video; default: drop")
-    add("--format", choices=store.CONTAINERS, default="safetensors", help="default: safetensors")
-    add("--per-tar", type=int, default=1000, metavar="CLIPS", help="default: 1000")
-    add("--engine", choices=ENGINES, default="local", help="default: local")
-    add("--actors", type=int, help="of Ray, at most; default: one for each accelerator")
-    add("--decoders", type=int, default=2, help="threads that decode videos; default: 2")
+@click.command("encode-dataset", cls=options.Command, short_help="Encode many videos.")
+@_common
+@click.option(
+    "--frames", type=options.Frames(), default=_DEFAULT.frames, help="8k + 1, or all; default: 49."
+)
+@options.size(several=True)
+@click.option(
+    "--latents", type=click.Choice(KINDS), default=_DEFAULT.latents, help="Default: mode."
+)
+@click.option("--seed", type=options.INDEX, default=_DEFAULT.seed, help="Of samples; default: 0.")
+@click.option(
+    "--layout", type=click.Choice(LAYOUTS), default=_DEFAULT.layout, help="Default: BTHWC."
+)
+@click.option(
+    "--tail", type=click.Choice(TAILS), default=_DEFAULT.tail, help="Of a video; default: drop."
+)
+@click.option(
+    "--format", type=click.Choice(CONTAINERS), default=CONTAINERS[0], help="Default: safetensors."
+)
+@click.option("--per-tar", type=int, default=1000, metavar="CLIPS", help="Default: 1000.")
+@click.option("--engine", type=click.Choice(ENGINES), default=ENGINES[0], help="Default: local.")
+@click.option(
+    "--actors", type=options.COUNT, help="Of Ray, at most; default: one for each accelerator."
+)
+@click.option("--decoders", type=int, default=2, help="Threads that decode videos; default: 2.")
+def encode(**given: Any) -> int:
+    """Encode a dataset of videos, SRC, into latents in the folder DST.
 
-
-def _add_decoding(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--layout", choices=("BTHWC", "BCTHW"), help="where not said")
-    command.add_argument("--threads", type=int, default=2, help="files at a time; default: 2")
-
-
-def _encode(options: argparse.Namespace, load: Callable, note: Callable[[str], None]) -> None:
+    SRC is a folder, a WebDataset tar, or a list (txt, csv, tsv, json, jsonl, parquet).
+    """
+    chosen = SimpleNamespace(**given)
     settings = dataset.Settings(
-        frames=options.frames,
-        sizes=_sizes(options),
-        fps=options.fps,
-        latents=options.latents,
-        seed=options.seed,
-        layout=options.layout,
-        tail=options.tail,
+        frames=chosen.frames,
+        sizes=options.chosen_sizes(chosen.size, chosen.height, chosen.width),
+        fps=chosen.fps,
+        latents=chosen.latents,
+        seed=chosen.seed,
+        layout=chosen.layout,
+        tail=chosen.tail,
     )
-    _report(
-        dataset.encode(
-            load(options),
-            options.source,
-            options.destination,
-            settings,
-            container=options.format,
-            per_tar=options.per_tar,
-            shard=options.shard,
-            engine=options.engine,
-            decoders=options.decoders,
-            actors=options.actors,
-            progress=_Line("clips"),
-        ),
-        note,
+    summary = dataset.encode(
+        _model(chosen),
+        chosen.source,
+        chosen.destination,
+        settings,
+        container=chosen.format,
+        per_tar=chosen.per_tar,
+        shard=chosen.shard,
+        engine=chosen.engine,
+        decoders=chosen.decoders,
+        actors=chosen.actors,
+        progress=_Line("clips"),
     )
+    return _status(summary, strict=chosen.strict)
 
 
-def _decode(options: argparse.Namespace, load: Callable, note: Callable[[str], None]) -> None:
-    _report(
-        dataset.decode(
-            load(options),
-            options.source,
-            options.destination,
-            fps=options.fps,
-            layout=options.layout,
-            shard=options.shard,
-            threads=options.threads,
-            progress=_Line("videos"),
-        ),
-        note,
+@click.command("decode-dataset", cls=options.Command, short_help="Decode many latents files.")
+@_common
+@options.layout()
+@click.option("--threads", type=int, default=2, help="Files at a time; default: 2.")
+def decode(**given: Any) -> int:
+    """Decode a dataset of latents, SRC, into videos in the folder DST.
+
+    SRC is a folder, a tar or a list of latents files.
+    """
+    chosen = SimpleNamespace(**given)
+    summary = dataset.decode(
+        _model(chosen),
+        chosen.source,
+        chosen.destination,
+        fps=chosen.fps,
+        layout=chosen.layout,
+        shard=chosen.shard,
+        threads=chosen.threads,
+        progress=_Line("videos"),
     )
+    return _status(summary, strict=chosen.strict)
 
 
-def _report(summary: dataset.Summary, note: Callable[[str], None]) -> None:
-    for source, reason in summary.skipped[:_BRIEF]:
+def _model(chosen: SimpleNamespace) -> cv.VAE:
+    return cv.from_pretrained(chosen.model, dtype=jnp.dtype(chosen.dtype))
+
+
+def _status(summary: dataset.Summary, *, strict: bool) -> int:
+    """Prints what came of a run, and returns its exit status."""
+    for source, reason in summary.skipped[:_MOST_SHOWN]:
         note(f"skipped {source}: {reason}")
-    if len(summary.skipped) > _BRIEF:
-        note(f"skipped {len(summary.skipped) - _BRIEF} more: skipped.jsonl tells why")
+    if len(summary.skipped) > _MOST_SHOWN:
+        note(f"skipped {len(summary.skipped) - _MOST_SHOWN} more: skipped.jsonl tells why")
     print(summary)
+    if summary.skipped and not summary.clips:
+        note(f"error: all of the {summary.sources} sources failed: skipped.jsonl tells why")
+        return _FAILED
+    if summary.skipped and strict:
+        note(f"error: {len(summary.skipped)} sources were skipped, and --strict allows none")
+        return _FAILED
+    return 0
 
 
 class _Line:
-    """Progress on stderr: one line that changes on a terminal, now and then a line elsewhere."""
+    """Shows progress on stderr: a terminal has one line that changes, a file one now and then."""
 
     def __init__(self, unit: str):
         self._unit, self._shown = unit, time.monotonic()
@@ -125,7 +140,7 @@ class _Line:
 
     def __call__(self, progress: dataset.Progress) -> None:
         last = progress.sources == progress.of
-        if not self._live and time.monotonic() - self._shown < _EVERY:
+        if not self._live and time.monotonic() - self._shown < _REPORT_SECONDS:
             return
         self._shown = time.monotonic()
         text = (
@@ -143,36 +158,4 @@ def _left(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02} left"
 
 
-def _sizes(options: argparse.Namespace) -> tuple[tuple[int, int], ...]:
-    if (options.height is None) != (options.width is None):
-        raise ValueError("--height and --width go together, give both.")
-    if options.height is None:
-        return tuple(options.buckets or ())
-    if options.buckets:
-        raise ValueError("--buckets are sizes already, leave --height and --width out.")
-    return ((options.height, options.width),)
-
-
-def _frames(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"expected 8k + 1 frames or `all`, got {text!r}")
-    return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, such as 480x720, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/([1-9]\d*)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"a shard is I/N, from 0/N on, such as 0/8, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-__all__ = ["add_commands"]
+__all__ = ["decode", "encode"]

@@ -1,16 +1,12 @@
-"""What the command line does as a clip passes by, frame batch by frame batch."""
+"""Timing, padding and comparing a clip that passes by, frame batch by frame batch."""
 
 import time
 from collections.abc import Iterable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from .._autoencoder import VAE
 from .._frames import SAMPLE_BATCH
-from .._latents import Latents
 from ..video._psnr import decibels, squared_error
 
 STRIP = 8
@@ -32,7 +28,7 @@ class Stopwatch:
 
 
 def timed(results: Iterable[jax.Array], watch: Stopwatch) -> Iterator[np.ndarray]:
-    """The results on the host, their making timed."""
+    """Yields the results on the host; times how long each takes."""
     results = iter(results)
     while True:
         with watch:
@@ -41,15 +37,6 @@ def timed(results: Iterable[jax.Array], watch: Stopwatch) -> Iterator[np.ndarray
                 return
             result = np.asarray(result)
         yield result
-
-
-def to_decode(vae: VAE, record: Latents) -> tuple[Array, int]:
-    """Latents in the VAE's units, and how many frames of what they decode to are the video's."""
-    array = jnp.asarray(record.array)
-    if record.scaled:
-        array = vae.unscale_latents(array)
-    count = vae.config.sample_frames(array.shape[1])
-    return array, min(record.frames or count, count)
 
 
 class Padding:
@@ -69,7 +56,7 @@ class Padding:
 
 
 class Comparison:
-    """PSNR and a film strip of a reconstruction that passes by."""
+    """Gathers PSNR and a film strip of a reconstruction that passes by."""
 
     def __init__(self, pieces: Iterable[np.ndarray], count: int):
         self._originals = (frame for piece in pieces for frame in piece[0])
@@ -97,7 +84,7 @@ class Comparison:
 
 
 def progress(results: Iterable[np.ndarray], label: str, total: int | None) -> Iterable:
-    """A bar on stderr, where that is a terminal and tqdm is installed."""
+    """Shows a bar on stderr, where that is a terminal and tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -105,4 +92,4 @@ def progress(results: Iterable[np.ndarray], label: str, total: int | None) -> It
     return tqdm(results, label, total, unit="batch", disable=None)
 
 
-__all__ = ["STRIP", "Comparison", "Padding", "Stopwatch", "progress", "timed", "to_decode"]
+__all__ = ["STRIP", "Comparison", "Padding", "Stopwatch", "progress", "timed"]

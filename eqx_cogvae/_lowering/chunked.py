@@ -126,7 +126,7 @@ def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
         y, seen = causal_conv(normed(now, i), *unit.taps, before)
         y = unit.joined(y, now, None if unit.residual is None else frame(result, i))
         y = with_layout_constraint(y, Layout(tuple(range(y.ndim)))) if pinned else y
-        past = tuple(jnp.split(seen, len(past), axis=1)) if past else ()
+        past = tuple(seen[:, i : i + 1] for i in range(len(past)))
         return (lax.dynamic_update_slice_in_dim(result, y, i, axis=1), past), None
 
     index = jnp.arange(count, dtype=jnp.int32)
@@ -153,7 +153,7 @@ def _caches(normed: Callable[[Array, Array], Array], unit: Unit) -> tuple[Array,
     before = jnp.repeat(last.pop(0), past, axis=1) if unit.cache is None else unit.cache
     cache = jnp.concatenate([before[:, len(last) :], *last], axis=1)
     x, cache = lax.optimization_barrier((x, cache))
-    return x, tuple(jnp.split(before, past, axis=1)), cache
+    return x, tuple(before[:, i : i + 1] for i in range(past)), cache
 
 
 def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | None]:

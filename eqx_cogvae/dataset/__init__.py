@@ -1,7 +1,7 @@
-"""Whole datasets: videos to latents, and latents back to videos.
+"""Datasets: videos to latents, and latents back to videos.
 
 A run may be killed at any moment and started again: it loses no finished clip, and does only what
-is missing. Needs `eqx_cogvae[video]`; `engine="ray"` needs `eqx_cogvae[ray]`.
+is missing. It needs `eqx_cogvae[video]`; `engine="ray"` needs `eqx_cogvae[ray]`.
 
 ```py
 vae = cv.from_pretrained("zai-org/CogVideoX-2b", dtype=jnp.bfloat16)
@@ -10,10 +10,11 @@ print(dataset.encode(vae, "videos", "latents", settings))
 ```
 """
 
+from ._encode import noise_key as noise_key
 from ._run import (
     Progress as Progress,
-    Settings as Settings,
     Summary as Summary,
     decode as decode,
     encode as encode,
 )
+from ._settings import Settings as Settings

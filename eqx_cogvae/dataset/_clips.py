@@ -1,4 +1,4 @@
-"""A video as the events of its clips, decoded by a thread ahead of whoever encodes them."""
+"""Videos as events of clips, decoded by threads ahead of the encoder."""
 
 import dataclasses
 import itertools
@@ -16,16 +16,22 @@ from jaxtyping import UInt8
 
 from .. import video
 from .._frames import SAMPLE_BATCH
+from ._results import Entry
+from ._settings import Settings
 from ._sources import Item
-from ._store import Entry, Settings, Store
+from ._store import Store
+from ._text import readable
 
-_AHEAD = 8
-_POLL = 0.1
+_LONGEST_REASON = 1000
+_QUEUE_LENGTH = 8
+_POLL_SECONDS = 0.1
+# A rate of 30 asked of a video at 29.97 is met.
+_RATE_TOLERANCE = 1.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """A clip begins, whose frame batches follow as pixels `(1, t, h, w, 3)`."""
+    """A clip begins; its frame batches follow as pixels `(1, t, h, w, 3)`, where it is `wanted`."""
 
     id: str
     start: int
@@ -37,7 +43,7 @@ class Begin:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """A clip ends: of how many frames, and with how many once it was padded; of none if dropped."""
+    """A clip ends, with `frames` of the video, `padded` to a count; both are 0 if it is dropped."""
 
     frames: int
     padded: int
@@ -45,7 +51,7 @@ class End:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A video ends; where it was done before, `clips` is what it gave then."""
+    """A video ends; `clips` is what it gave before, where it was done already."""
 
     sha256: str
     frames: int
@@ -54,16 +60,23 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
-    """A video can not be read on, and why."""
+    """A video cannot be read on, for a reason."""
 
     reason: str
 
 
-Event: TypeAlias = Begin | UInt8[np.ndarray, "1 t h w 3"] | End | Finished | Broken
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """A video has fewer frames a second than are asked for, so that some are repeated."""
+
+    fps: float
+
+
+Event: TypeAlias = Begin | UInt8[np.ndarray, "1 t h w 3"] | End | Finished | Broken | Slow
 
 
 def events(item: Item, store: Store, cell: int) -> Iterator[Event]:
-    """What a video holds. Clips that are done are read past: theirs come without frames."""
+    """Yields what a video holds; clips that are done are read past and come without frames."""
     path = item.path
     try:
         with item.local() as (path, sha256):
@@ -73,7 +86,13 @@ def events(item: Item, store: Store, cell: int) -> Iterator[Event]:
                 return
             yield from _clips(path, sha256, item.name, store, cell)
     except (ValueError, OSError) as error:
-        yield Broken(" ".join(str(error).replace(str(path), item.name).split()))
+        yield Broken(reason(error, path, item))
+
+
+def reason(error: Exception, path: Any, item: Item) -> str:
+    """Returns the line that says why an item was skipped, under the item's own name."""
+    line = " ".join(str(error).replace(str(path), item.name).split())
+    return readable(line)[:_LONGEST_REASON]
 
 
 def _clips(path: Any, sha256: str, name: str, store: Store, cell: int) -> Iterator[Event]:
@@ -84,6 +103,8 @@ def _clips(path: Any, sha256: str, name: str, store: Store, cell: int) -> Iterat
         raise ValueError(
             f"{name} is {found.height}x{found.width}, the model needs {cell}x{cell}: name a size."
         )
+    if settings.fps is not None and settings.fps > found.fps * _RATE_TOLERANCE:
+        yield Slow(found.fps)
     pictures = video.pictures(path, size=size, fps=settings.fps)
     fps = float(settings.fps or found.fps)
     start = 0
@@ -99,9 +120,9 @@ def _clips(path: Any, sha256: str, name: str, store: Store, cell: int) -> Iterat
 def _clip(
     frames: Iterator[np.ndarray], settings: Settings, wanted: bool
 ) -> Generator[Event, None, int]:
-    """The frame batches of one clip and its end; returns how many frames there were."""
+    """Yields the frame batches of one clip, and its end; returns its number of frames."""
     held, due, count = [], SAMPLE_BATCH + 1, 0
-    # Whether a clip is to be dropped is not known before its last frame.
+    # The last frame decides whether a clip is dropped: until then its frames are kept back.
     kept: list[np.ndarray] | None = [] if _may_drop(settings) else None
     for frame in frames:
         count += 1
@@ -136,20 +157,20 @@ def _end(count: int, settings: Settings) -> End:
 
 
 def fitted(size: tuple[int, int], sizes: tuple[tuple[int, int], ...], cell: int) -> tuple[int, int]:
-    """The size of the nearest aspect ratio; without any, `size` cut down to whole cells."""
+    """Returns the size of the nearest aspect ratio; without any, `size` cut to whole cells."""
     if not sizes:
         return size[0] // cell * cell, size[1] // cell * cell
     aspect = math.log(size[0] / size[1])
     return min(sizes, key=lambda s: abs(math.log(s[0] / s[1]) - aspect))
 
 
-class Ahead:
-    """An iterator that a thread runs ahead of, by a few items; `seconds` are those it worked."""
+class Prefetcher:
+    """Iterates over items that a thread makes ahead; the thread worked for `seconds`."""
 
     def __init__(self, source: Iterable[Any], pool: ThreadPoolExecutor, stop: threading.Event):
         self.seconds = 0.0
         self._source, self._stop = iter(source), stop
-        self._queue: queue.Queue = queue.Queue(_AHEAD)
+        self._queue: queue.Queue = queue.Queue(_QUEUE_LENGTH)
         self._future = pool.submit(self._run)
 
     def __iter__(self) -> Iterator[Any]:
@@ -174,23 +195,23 @@ class Ahead:
     def _put(self, item: tuple[bool, Any]) -> bool:
         while not self._stop.is_set():
             try:
-                self._queue.put(item, timeout=_POLL)
+                self._queue.put(item, timeout=_POLL_SECONDS)
                 return True
             except queue.Full:
                 continue
         return False
 
 
-def ahead(
+def prefetched(
     items: Iterable[Any], read: Callable[[Any], Iterable[Any]], threads: int
-) -> Generator[tuple[Any, Ahead], None, None]:
-    """Each item with what `read` gives of it, so many of them at a time in threads."""
+) -> Generator[tuple[Any, Prefetcher], None, None]:
+    """Yields each item with what `read` gives of it; each thread reads one item at a time."""
     stop = threading.Event()
     with ThreadPoolExecutor(threads, "decode") as pool:
-        waiting: deque[tuple[Any, Ahead]] = deque()
+        waiting: deque[tuple[Any, Prefetcher]] = deque()
         try:
             for item in items:
-                waiting.append((item, Ahead(read(item), pool, stop)))
+                waiting.append((item, Prefetcher(read(item), pool, stop)))
                 if len(waiting) > threads:
                     yield waiting.popleft()
             while waiting:
@@ -200,4 +221,16 @@ def ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-__all__ = ["Ahead", "Begin", "Broken", "End", "Event", "Finished", "ahead", "events", "fitted"]
+__all__ = [
+    "Begin",
+    "Broken",
+    "End",
+    "Event",
+    "Finished",
+    "Prefetcher",
+    "Slow",
+    "events",
+    "fitted",
+    "prefetched",
+    "reason",
+]

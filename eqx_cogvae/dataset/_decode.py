@@ -1,25 +1,63 @@
-"""Latents to videos: for looking at what a trainer reads or a sampler wrote."""
+"""Latents to videos, for looking at what a trainer reads or a sampler wrote."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from .. import video
 from .._autoencoder import VAE
-from .._cli.passes import to_decode
-from .._frames import LATENT_BATCH
+from .._frames import LATENT_BATCH, frame_batches
 from .._latents import Latents, load_latents
-from .._transforms.streamed import as_uint8, streamed
-from ._encode import Result
+from .._transforms.base import jitted_step
+from .._transforms.streamed import as_uint8
+from .._types import Cache
+from ._clips import reason
+from ._results import OUT_OF_MEMORY, Result
 from ._sources import Item
-from ._store import digest, label, prepared
+from ._store import digest, prepared
+from ._text import label
 
 _DIGITS = 20
 _FPS = 8.0
+RESERVED = frozenset(("source", "frames", "fps", "encoded_by", "file"))
+"""The names of the manifest's own columns."""
+
+
+def to_decode(vae: VAE, record: Latents) -> tuple[Array, int]:
+    """Returns latents in the VAE's units, and the number of the video's frames.
+
+    Latents in the diffusion model's units are divided by the factor that their file names; the
+    model's own factor serves where the file names none. What is decoded beyond the number of
+    frames is padding.
+    """
+    array = jnp.asarray(record.array)
+    if record.scaled:
+        factor = vae.config.scaling_factor
+        ratio = factor / (record.scaling_factor or factor)
+        if ratio != 1:
+            array = (array.astype(jnp.float32) * ratio).astype(array.dtype)
+        array = vae.unscale_latents(array)
+    count = vae.config.sample_frames(array.shape[1])
+    return array, min(record.frames or count, count)
+
+
+class PixelDecodeStep(eqx.Module):
+    """Applies `VAE.decode_step`; gives pixels, and whether all that they come from is finite."""
+
+    vae: VAE
+
+    def __call__(
+        self, latents: Float[Array, "b t h w z"], cache: Cache = None
+    ) -> tuple[tuple[UInt8[Array, "b t2 h2 w2 c"], Bool[Array, ""]], Cache]:
+        frames, cache = self.vae.decode_step(latents, cache)
+        pixels, _ = as_uint8(lambda x, cache: (x, cache))(frames)
+        return (pixels, jnp.isfinite(frames).all()), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +72,12 @@ class Decoder:
     threads: int = 2
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Result]:
-        """The results of latents files, in order."""
+        """Yields the results of latents files, in order."""
         with ThreadPoolExecutor(self.threads, "decode") as pool:
             yield from pool.map(self._decode, items)
 
     def _decode(self, item: Item) -> Result:
-        result = Result(item.name)
+        result = Result(item.name, item.rows)
         path = item.path
         try:
             with item.local() as (path, sha256):
@@ -49,33 +87,63 @@ class Decoder:
                 if len(record.array) != 1:
                     raise ValueError(f"{path} holds {len(record.array)} clips, expected one.")
         except (ValueError, OSError) as error:
-            result.problem = " ".join(str(error).replace(str(path), item.name).split())
+            result.problem = reason(error, path, item)
             return result
-        self._write(item, sha256, record, result)
+        try:
+            self._write(item, sha256, record, result)
+        # An OSError is of the disk that is written to: it ends the run.
+        except ValueError as error:
+            result.problem = reason(error, path, item)
+        except RuntimeError as error:
+            if OUT_OF_MEMORY not in str(error):
+                raise
+            size = "x".join(map(str, record.array.shape[2:4]))
+            result.problem = f"latents of {size} do not fit into memory when decoded."
         return result
 
     def _write(self, item: Item, sha256: str, record: Latents, result: Result) -> None:
-        array, count = to_decode(self.vae, record)
         fps = float(self.fps or record.fps or _FPS)
-        key = digest("decoded", self.weights, sha256, item.name, fps, self.layout)
+        video.check_rate(fps)
+        array, count = to_decode(self.vae, record)
+        # A file of another factor was once decoded by the model's: it is another video now.
+        own = (record.scaling_factor,) if record.scaled and record.scaling_factor else ()
+        factor = () if own == (self.vae.config.scaling_factor,) else own
+        key = digest("decoded", self.weights, sha256, item.name, fps, self.layout, *factor)
         path = prepared(self.root / f"{label(item.name, 80)}-{key[:_DIGITS]}.mp4")
-        if not path.exists():
+        if not _is_whole(path):
             with result.timing("write"):
-                video.write(path, self._frames(array, count, result), fps=fps)
+                video.write(path, self._frames(np.asarray(array), count, result), fps=fps)
             result.spend("write", -result.spent["decode"])
             result.written = 1
         known = {"source": item.name, "frames": count, "fps": fps, "encoded_by": record.fingerprint}
-        result.clips = [item.fields | known | {"file": path.name}]
+        result.clips = [known | {"file": path.name}]
 
     def _frames(
-        self, latents: Float[Array, "1 t h w c"], count: int, result: Result
+        self, latents: Float[np.ndarray, "1 t h w c"], count: int, result: Result
     ) -> Iterator[UInt8[np.ndarray, "1 t2 h2 w2 3"]]:
-        stream = streamed(as_uint8(self.vae.decode_step), LATENT_BATCH)(latents)
-        while count > 0:
+        step, cache, start, done = PixelDecodeStep(self.vae), None, 0, 0
+        for size in frame_batches(latents.shape[1], LATENT_BATCH):
+            if done >= count:
+                return
             with result.timing("decode"):
-                frames = np.asarray(next(stream))[:, :count]
-            count -= frames.shape[1]
-            yield frames
+                batch = latents[:, start : start + size]
+                (pixels, finite), cache = jitted_step((step, batch), cache)
+                frames = np.asarray(pixels)
+            if not finite:
+                raise ValueError(
+                    f"its latents decode to NaN or infinite values from frame {done} on: decode "
+                    "with float32 or bfloat16, and look to what made them."
+                )
+            yield frames[:, : count - done]
+            start, done = start + size, done + frames.shape[1]
 
 
-__all__ = ["Decoder"]
+def _is_whole(path: Path) -> bool:
+    """True for a video that a crash of the machine did not cut short or empty."""
+    try:
+        return video.info(path).frames > 0
+    except (OSError, ValueError):
+        return False
+
+
+__all__ = ["RESERVED", "Decoder", "PixelDecodeStep", "to_decode"]

@@ -1,9 +1,7 @@
 """Videos to latents, on the devices of this process."""
 
 import contextlib
-import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -19,35 +17,14 @@ from .._latents import Latents, save_latents
 from .._posterior import DiagonalGaussian
 from .._transforms.base import jitted_step
 from .._types import Cache
-from ._clips import Ahead, Begin, Broken, End, Finished, ahead, events
+from ._clips import Begin, Broken, End, Finished, Prefetcher, Slow, events, prefetched
+from ._results import OUT_OF_MEMORY, Entry, Result
 from ._sources import Item
-from ._store import Entry, Record, Store, prepared
-
-
-@dataclasses.dataclass
-class Result:
-    """What a source gave: its clips, of which `written` are new, why there are no more, seconds."""
-
-    source: str
-    clips: list[Entry] = dataclasses.field(default_factory=list)
-    written: int = 0
-    problem: str | None = None
-    spent: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def timing(self, what: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spend(what, time.perf_counter() - begun)
-
-    def spend(self, what: str, seconds: float) -> None:
-        self.spent[what] = self.spent.get(what, 0.0) + seconds
+from ._store import Record, Store, prepared
 
 
 class PixelStep(eqx.Module):
-    """`VAE.encode_step` of pixels, which are a quarter of the bytes on their way to the device."""
+    """Applies `VAE.encode_step` to pixels: a quarter of the bytes on their way to the device."""
 
     vae: VAE
 
@@ -58,7 +35,7 @@ class PixelStep(eqx.Module):
 
 
 class Encoder:
-    """Encodes videos into a store, with as many threads that decode ahead."""
+    """Encodes videos into a store, while threads decode the next ones."""
 
     def __init__(self, vae: VAE, store: Store, fingerprint: str, threads: int):
         self._config, self._store, self._threads = vae.config, store, threads
@@ -68,11 +45,11 @@ class Encoder:
         self._steps = [PixelStep(_on(vae, device)) for device in devices]
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Result]:
-        """The results of videos as they come: in order, where there is one device."""
+        """Yields the results of videos as they come: in order, where there is one device."""
         cell = self._config.spatial_compression
         threads = max(self._threads, len(self._steps))
-        feeds = ahead(items, lambda item: events(item, self._store, cell), threads)
-        # Closed also when an error leaves this: else threads would wait for a reader for ever.
+        feeds = prefetched(items, lambda item: events(item, self._store, cell), threads)
+        # An error that leaves this closes it too: threads would wait for a reader for ever.
         with contextlib.closing(feeds):
             if len(self._steps) == 1:
                 for item, feed in feeds:
@@ -80,28 +57,29 @@ class Encoder:
                 return
             yield from _shared(feeds, [self._on_device(step) for step in self._steps])
 
-    def _on_device(self, step: PixelStep) -> Callable[[tuple[Item, Ahead]], Result]:
+    def _on_device(self, step: PixelStep) -> Callable[[tuple[Item, Prefetcher]], Result]:
         return lambda pair: self._encode(*pair, step)
 
-    def _encode(self, item: Item, feed: Ahead, step: PixelStep) -> Result:
-        result = Result(item.name)
+    def _encode(self, item: Item, feed: Prefetcher, step: PixelStep) -> Result:
+        result = Result(item.name, item.rows)
         clip: Begin | None = None
         moments, cache = [], None
         for event in _timed(feed, result):
             if isinstance(event, Begin):
                 clip, moments, cache = event, [], None
-            elif isinstance(event, np.ndarray):
-                with result.timing("encode"):
+            elif isinstance(event, np.ndarray) and not result.problem:
+                with result.timing("encode"), _noting_memory(result, event):
                     moment, cache = jitted_step((step, event), cache)
                     moments.append(np.asarray(moment))
+            elif isinstance(event, Slow):
+                result.slow = event.fps
             elif isinstance(event, End) and clip is not None:
                 self._end(item, clip, event, moments, result)
             elif isinstance(event, Finished):
                 self._finish(item, event, result)
             elif isinstance(event, Broken):
-                result.problem = event.reason
+                result.problem = result.problem or event.reason
         result.spend("decode", feed.seconds)
-        result.clips = [item.fields | entry for entry in result.clips]
         return result
 
     def _end(
@@ -136,14 +114,14 @@ class Encoder:
     def _latents(self, item: Item, clip: Begin, end: End, moments: np.ndarray) -> Latents:
         array, _ = np.split(moments, 2, axis=-1)
         kind, logvar, seed = self._store.settings.latents, None, None
-        # The mean alone is at hand: what JAX does, it would compile for each length anew.
+        # NumPy takes the mean, as JAX would compile for each length anew.
         if kind != "mode":
             posterior = DiagonalGaussian.from_moments(jnp.asarray(moments))
             if kind == "posterior":
                 logvar = np.asarray(posterior.logvar)
             else:
                 seed = self._store.seed(clip.sha256, clip.start)
-                array = np.asarray(posterior.sample(jax.random.key(seed)))
+                array = np.asarray(posterior.sample(noise_key(seed)))
         return Latents(
             array,
             logvar=logvar,
@@ -189,7 +167,7 @@ class Encoder:
         return entry
 
 
-def _timed(feed: Ahead, result: Result) -> Iterator[Any]:
+def _timed(feed: Prefetcher, result: Result) -> Iterator[Any]:
     feed_events = iter(feed)
     while True:
         with result.timing("wait"):
@@ -199,13 +177,51 @@ def _timed(feed: Ahead, result: Result) -> Iterator[Any]:
         yield event
 
 
+@contextlib.contextmanager
+def _noting_memory(result: Result, pixels: np.ndarray) -> Iterator[None]:
+    """Makes an error for want of memory the problem of one source, so that the run goes on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if OUT_OF_MEMORY not in str(error):
+            raise
+        height, width = pixels.shape[2:4]
+        result.problem = f"frames of {height}x{width} do not fit into memory: name a smaller size."
+
+
+def noise_key(seed: int) -> Array:
+    """Returns the key that a sample was drawn with, of the `seed` in its metadata.
+
+    It is the threefry key that `jax.random.key(seed)` gives with 64-bit numbers enabled. Without
+    them `jax.random.key` drops the upper half of a seed.
+
+    !!! Example
+
+        ```python
+        >>> import jax
+        >>> from eqx_cogvae import dataset
+        >>> jax.random.key_data(dataset.noise_key(5 * 2**32 + 7)).tolist()
+        [5, 7]
+
+        ```
+
+    **Arguments:**
+
+    - `seed`: from 0 to 2^64 - 1.
+
+    **Returns:** a key for `jax.random`.
+    """
+    halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
+
+
 def _on(vae: VAE, device: Any) -> VAE:
     arrays, rest = eqx.partition(vae, eqx.is_array)
     return eqx.combine(jax.device_put(arrays, device), rest)
 
 
 def _shared(items: Iterator[Any], workers: list[Callable[[Any], Any]]) -> Iterator[Any]:
-    """Results of items, of which each worker takes the next when it is free."""
+    """Yields the results of items; each worker takes the next item when it is free."""
     lock = threading.Lock()
 
     def take(worker: Callable[[Any], Any]) -> Any:
@@ -224,4 +240,4 @@ def _shared(items: Iterator[Any], workers: list[Callable[[Any], Any]]) -> Iterat
                 yield done[1]
 
 
-__all__ = ["Encoder", "PixelStep", "Result"]
+__all__ = ["Encoder", "PixelStep", "noise_key"]

@@ -1,29 +1,31 @@
 """Runs over whole datasets."""
 
 import dataclasses
-import math
 import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from .. import video
 from .._autoencoder import VAE
 from .._latents import check_layout, exact_fingerprint, fingerprint
-from ._decode import Decoder
-from ._encode import Encoder, Result
+from ._decode import RESERVED, Decoder
+from ._encode import Encoder
+from ._lock import held
+from ._results import Result, with_columns
+from ._settings import Settings
 from ._sources import LATENTS, VIDEOS, find, shard_of
-from ._store import Settings as Settings, Store, suffix_of, write_lines
+from ._store import Store, suffix_of, write_lines
 
 ENGINES = ("local", "ray")
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is: sources done of all, clips written, seconds passed.
+    """Counts sources done of all, clips written, and seconds passed.
 
     `fresh` counts the sources that gave new clips.
     """
@@ -36,12 +38,12 @@ class Progress:
 
     @property
     def clips_per_second(self) -> float:
-        """Clips written in a second, so far."""
+        """Clips written per second, so far."""
         return self.written / max(self.seconds, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of the sources that were not done before; None before the first."""
+        """Seconds left, at the pace of sources that were not done before; None before the first."""
         if not self.fresh:
             return None
         return (self.of - self.sources) * self.seconds / self.fresh
@@ -49,12 +51,12 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run came to; as text, a table.
+    """Sums up a run; as text it is a table.
 
     `clips` counts all that there are now, `written` those that this run added; `skipped` has
-    the name and the reason of each source that was not read to its end. `spent` is seconds: of
-    the threads that decode videos, and of the encoder in waiting for them, in the model, and in
-    writing. Little `wait` means that the model is the bottleneck.
+    the name and the reason of each source that was not read to its end. `spent` has the seconds
+    of the threads that decode videos, and those that the encoder waited for them, was in the
+    model, and wrote. Little `wait` means that the model is the bottleneck.
     """
 
     sources: int
@@ -109,18 +111,20 @@ def encode(
         ```
 
     `destination` gets `latents/xx/NAME-START-KEY.safetensors`, which `python -m eqx_cogvae decode`
-    reads; `manifest.jsonl`, a line for each clip of these sources and settings; `skipped.jsonl`,
-    the sources that could not be read to their end, each with its reason; and `records/`, by
-    which a later run knows finished videos. Clips before a fault are kept. KEY is a hash of the
-    video's bytes and name, the settings, every bit of the weights, and where the clip begins.
-    One clip is encoded at a time, so its bytes depend on nothing but these, on one kind of device
-    and one version of JAX.
+    reads; `manifest.jsonl`, a line for each clip of these sources and settings, and for each row
+    that names its video; `skipped.jsonl`, the sources that could not be read to their end, each
+    with its reason; and `records/`, by which a later run knows finished videos. Clips before a
+    fault are kept. KEY is a hash of the video's bytes and name, the settings, every bit of the
+    weights, and where the clip begins. One clip is encoded at a time, so its bytes depend on
+    nothing but these, on one kind of device and one version of JAX.
 
     **Arguments:**
 
     - `source`: a folder; a WebDataset tar, or a folder of them; a list of files as `.txt`,
-        `.csv` or `.jsonl`, under `video`, `path`, `file` or `file_name`, whose other columns go
-        into the manifest; or one video.
+        `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`, under `video`, `path`, `file_name` or
+        the like, whose other columns go into the manifest; or one video. In folders and tars,
+        `NAME.txt` is the caption and `NAME.json` the columns of the video NAME. A column that
+        the manifest has itself, such as `fps`, is kept as `input_fps`.
     - `container`: `"safetensors"`, or `"webdataset"`: at the end of the run the files move into
         `latents-000000.tar` and so on.
     - `per_tar`: clips in a tar.
@@ -132,25 +136,30 @@ def encode(
     - `actors`: for Ray, how many at most; None is one for each accelerator.
     - `progress`: called with a `Progress` after each video.
 
-    **Raises:** `FileNotFoundError` or `ValueError` for a source that is not there, or settings
-    that do not suit the model; `OSError` where results can not be written; `ImportError` for an
-    extra that is missing.
+    **Returns:** a `Summary`. Warns of videos with fewer frames a second than `settings.fps`.
+
+    **Raises:** `FileNotFoundError` or `ValueError` for a source that is not there, a list that
+    cannot be read, or settings that do not suit the model; `BlockingIOError` where another run
+    writes to the same shard of the destination; `OSError` where results cannot be written;
+    `ImportError` for an extra that is missing.
     """
     settings = settings or Settings()
     _check(vae, settings, engine, decoders)
     items = shard_of(find(Path(source), VIDEOS), shard)
     root = _folder(destination)
     store = Store(root, settings, exact_fingerprint(vae), container, per_tar, shard)
-    results: Iterable[Result]
-    if engine == "ray":
-        from ._ray import encode_with_ray
+    with held(root, suffix_of(shard)):
+        store.repair()
+        results: Iterable[Result]
+        if engine == "ray":
+            from ._ray import encode_with_ray
 
-        results = encode_with_ray(vae, store, items, threads=decoders, actors=actors)
-    else:
-        results = Encoder(vae, store, fingerprint(vae), decoders)(items)
-    gathered, seconds = _gathered(results, len(items), progress)
-    clips = [clip for result in gathered for clip in result.clips]
-    store.close(clips, _skipped(gathered))
+            results = encode_with_ray(vae, store, items, threads=decoders, actors=actors)
+        else:
+            results = Encoder(vae, store, fingerprint(vae), decoders)(items)
+        results = _telling_of_slow(results, settings.fps)
+        gathered, seconds = _gathered(results, len(items), progress)
+        store.close(gathered, _skipped(gathered))
     return _summary(gathered, seconds, ("decode", "wait", "encode", "write"))
 
 
@@ -167,36 +176,41 @@ def decode(
 ) -> Summary:
     """Decodes latents files, those of `encode` or of others, into `.mp4` files for looking at.
 
-    `destination` gets `NAME-KEY.mp4`, a `manifest.jsonl` of what was made of what, and
-    `skipped.jsonl`; KEY is a hash of the file, its name, the weights and the options, so that a
-    run that is repeated does only what is missing.
+    `destination` gets `NAME-KEY.mp4`, a `manifest.jsonl` with a line for each, and
+    `skipped.jsonl`, the files that cannot be read or do not decode to finite video. KEY is a hash
+    of the file, its name, the weights and the options, so that a run that is repeated does only
+    what is missing. Scaled latents are divided by the factor that their file names.
 
     **Arguments:**
 
     - `source`: a folder of `.safetensors`, or of WebDataset tars that hold such; a tar; a list, as
         for `encode`; or one file.
-    - `fps`: of the videos; None is what the file says, or 8.
-    - `layout`: of latents whose file does not say.
+    - `fps`: frames a second of the videos; None is what the file says, or 8.
+    - `layout`: the layout of latents whose file does not say.
     - `shard`, `progress`: as for `encode`.
     - `threads`: how many files at a time: one is compressed while another decodes.
 
-    **Raises:** as `encode`. Warns of latents that another model encoded.
+    **Returns:** a `Summary`. Warns of latents that another model encoded.
+
+    **Raises:** as `encode`.
     """
     if layout is not None:
         check_layout(layout)
     _check_counts(threads=threads)
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"`fps` must be a positive number, got {fps}.")
+    if fps is not None:
+        video.check_rate(fps)
     video.check_installed()
     items = shard_of(find(Path(source), LATENTS), shard)
     root = _folder(destination)
     decoder = Decoder(vae, root, exact_fingerprint(vae), fps, layout, threads)
-    gathered, seconds = _gathered(decoder(items), len(items), progress)
-    clips = [clip for result in gathered for clip in result.clips]
     suffix = suffix_of(shard)
-    write_lines(root / f"manifest{suffix}.jsonl", clips)
-    write_lines(root / f"skipped{suffix}.jsonl", _skipped(gathered))
-    _warn_of_others(clips, fingerprint(vae))
+    with held(root, suffix):
+        gathered, seconds = _gathered(decoder(items), len(items), progress)
+        pairs = [(clip, row) for r in gathered for clip in r.clips for row in r.rows]
+        lines = [with_columns(clip, row, RESERVED) for clip, row in pairs]
+        write_lines(root / f"manifest{suffix}.jsonl", lines)
+        write_lines(root / f"skipped{suffix}.jsonl", _skipped(gathered))
+    _warn_of_others(lines, fingerprint(vae))
     return _summary(gathered, seconds, ("read", "decode", "write"))
 
 
@@ -229,7 +243,7 @@ def _folder(destination: str | os.PathLike) -> Path:
 def _gathered(
     results: Iterable[Result], count: int, progress: Watch | None
 ) -> tuple[list[Result], float]:
-    """All results, by their sources' names, and the seconds they took."""
+    """Returns all results, sorted by their sources' names, and the seconds that they took."""
     begun = time.perf_counter()
     gathered, written, fresh = [], 0, 0
     for result in results:
@@ -248,7 +262,7 @@ def _skipped(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def _summary(results: list[Result], seconds: float, names: tuple[str, ...]) -> Summary:
-    spent = {name: sum(result.spent.get(name, 0.0) for result in results) for name in names}
+    spent = {name: sum((result.spent.get(name, 0.0) for result in results), 0.0) for name in names}
     return Summary(
         len(results),
         sum(len(result.clips) for result in results),
@@ -257,6 +271,25 @@ def _summary(results: list[Result], seconds: float, names: tuple[str, ...]) -> S
         seconds,
         spent,
     )
+
+
+def _telling_of_slow(results: Iterable[Result], fps: float | int | None) -> Iterator[Result]:
+    """Passes results on; warns of the first video that lacks frames, and of their number."""
+    count = 0
+    for result in results:
+        if result.slow is not None and not count:
+            warnings.warn(
+                f"{result.source} has {result.slow:g} frames a second, fewer than the {fps:g} that "
+                "were asked for: frames are repeated. Leave `fps` out to take each as it is.",
+                stacklevel=2,
+            )
+        count += result.slow is not None
+        yield result
+    if count > 1:
+        warnings.warn(
+            f"{count} videos have fewer than {fps:g} frames a second: some were repeated.",
+            stacklevel=2,
+        )
 
 
 def _warn_of_others(clips: list[dict[str, Any]], mine: str) -> None:

@@ -1,44 +1,56 @@
-"""What a dataset is made of: files in a folder, in a list of names, or in WebDataset's tars."""
+"""The files of a dataset: in a folder, in a list, or in WebDataset's tars."""
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import io
-import json
+import math
+import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ._lists import LISTS, Row, rows
+from ._text import decoded, parsed, portable, readable
+
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 LATENTS = (".safetensors",)
-_LISTS = (".csv", ".jsonl", ".txt")
-_COLUMNS = ("video", "path", "file", "file_name")
+TAR_ERRORS = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError)
+"""The errors that a damaged tar may raise."""
+_SIDECARS = (".json", ".txt")
+_MOST_SIDECAR_BYTES = 2**26
 _BLOCK = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A file of a dataset: `size` bytes from `offset` on where it lies in a tar.
+    """A file of a dataset; in a tar, it is the `size` bytes from `offset` on.
 
-    `name` tells it apart in its dataset. `fields` is what the dataset says of it besides.
-    `problem` is why it can not be read, where that is known already.
+    `name` tells it apart in its dataset, and is always text that can be written. `rows` are the
+    user's own columns, of every row that names this file. `problem` is the reason why it cannot
+    be read, where that is known already.
     """
 
     name: str
     path: Path
     offset: int = 0
     size: int | None = None
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    rows: tuple[Row, ...] = dataclasses.field(default=({},), hash=False)
     problem: str | None = None
+
+    @property
+    def fields(self) -> Row:
+        """The columns of the first row."""
+        return self.rows[0]
 
     @contextlib.contextmanager
     def local(self) -> Iterator[tuple[Path, str]]:
-        """A path to read it at, and the SHA-256 of its bytes.
+        """Gives a path to read it at, and the SHA-256 of its bytes.
 
-        **Raises:** `OSError`, or `ValueError` where the item has a problem.
+        **Raises:** `OSError`; `ValueError` where the item has a problem, or its tar ends before
+        it does.
         """
         if self.problem:
             raise ValueError(self.problem)
@@ -53,122 +65,185 @@ class Item:
             file.seek(self.offset)
             digest = _copied(file, target, self.size)
             target.flush()
+            if target.tell() < self.size:
+                raise ValueError(
+                    f"{self.name} is cut short with its tar: {target.tell()} of {self.size} "
+                    "bytes are there, copy the tar again."
+                )
             yield Path(target.name), digest
 
 
 def find(source: str | Path, suffixes: Sequence[str]) -> list[Item]:
-    """The files of a dataset that end in one of `suffixes`, sorted by name.
+    """Returns the files of a dataset that end in one of `suffixes`, sorted by name.
 
-    `source` is a folder, whose tars are opened; a tar; a list of names, as `.csv`, `.jsonl` or
-    `.txt`; or a single file.
+    `source` is a folder, whose tars are opened; a tar; a list, in one of `LISTS`; or one file. A
+    file that several rows of a list name is one item with several rows.
 
-    **Raises:** `FileNotFoundError`; `ValueError` for a list that can not be read, or where there
-    is nothing of that kind.
+    **Raises:** `FileNotFoundError`; `ValueError` for a list that cannot be read, or where there
+    is nothing of that kind; `ImportError` for Parquet without pyarrow.
     """
     source = Path(source)
+    suffix = source.suffix.lower()
     if not source.exists():
         raise FileNotFoundError(f"there is no dataset at {source}.")
     if source.is_dir():
-        items = list(_in_folder(source, suffixes))
-    elif source.suffix == ".tar":
-        items = list(_in_tar(source, source.name, suffixes))
-    elif source.suffix in _LISTS:
-        items = list(_in_list(source))
-    elif source.suffix.lower() in suffixes:
-        items = [Item(source.name, source)]
+        items = _in_folder(source, suffixes)
+    elif suffix == ".tar":
+        items = _in_tar(source, source.name, suffixes)
+    elif suffix in LISTS:
+        named = rows(source, suffixes)
+        items = (Item(readable(n), source.parent / n, rows=(row,)) for n, row in named)
+    elif suffix in suffixes:
+        items = [Item(readable(source.name), source)]
     else:
         raise ValueError(
-            f"{source} must be a folder, a .tar, a list ({', '.join(_LISTS)}), "
+            f"{source} must be a folder, a .tar, a list ({', '.join(LISTS)}), "
             f"or a file that ends in {', '.join(suffixes)}."
         )
-    if not items:
-        raise ValueError(f"{source} holds nothing that ends in {', '.join(suffixes)}.")
-    found = {item.name: item for item in reversed(items)}
-    return [found[name] for name in sorted(found)]
+    found = _merged(items)
+    if not found:
+        held = "lists nothing" if suffix in LISTS else "holds nothing"
+        raise ValueError(f"{source} {held} that ends in {', '.join(suffixes)}.")
+    return sorted(found, key=lambda item: item.name)
 
 
 def shard_of(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
-    """Every n-th item from the i-th on, for `shard=(i, n)`: all shards together are all items."""
+    """Returns every n-th item from the i-th on, for `shard=(i, n)`.
+
+    All shards together are all items.
+    """
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"a shard is i of n, counted from 0 to n - 1, got {index} of {count}.")
     return list(items[index::count])
 
 
+def _merged(items: Iterable[Item]) -> list[Item]:
+    """Returns each file once, with all rows that name it, each once."""
+    found: dict[Any, Item] = {}
+    for item in items:
+        place = os.path.normpath(item.path), item.offset, item.problem
+        first = found.setdefault(place, item)
+        if any(row not in first.rows for row in item.rows):
+            found[place] = dataclasses.replace(first, rows=first.rows + item.rows)
+    return list(found.values())
+
+
 def _in_folder(folder: Path, suffixes: Sequence[str]) -> Iterator[Item]:
-    for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts):
-            continue
-        if path.suffix.lower() in suffixes and path.is_file():
-            yield Item(relative.as_posix(), path)
-        elif path.suffix == ".tar" and path.is_file():
-            yield from _in_tar(path, relative.as_posix(), suffixes)
+    unreadable: list[OSError] = []
+    for place, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(place)
+        names = [n for n in sorted(names) if not n.startswith(".") and (here / n).is_file()]
+        sidecars = _sidecars(names, suffixes)
+        for name in names:
+            path = here / name
+            title = readable(path.relative_to(folder).as_posix())
+            if name in sidecars:
+                row, problem = _columns(sidecars[name], lambda n, at=here: (at / n).open("rb"))
+                yield Item(title, path, rows=(row,), problem=problem)
+            elif path.suffix.lower() == ".tar":
+                yield from _in_tar(path, title, suffixes)
+    for error in unreadable:
+        path = Path(error.filename)
+        title = readable(path.relative_to(folder).as_posix())
+        yield Item(title, path, problem=f"{title} cannot be read: {error.strerror}.")
 
 
 def _in_tar(path: Path, name: str, suffixes: Sequence[str]) -> Iterator[Item]:
-    """WebDataset's convention: members of one key, up to the first dot, are one sample."""
-    items: list[tuple[str, Item]] = []
-    fields: dict[str, dict[str, Any]] = {}
+    members: dict[str, tarfile.TarInfo] = {}
+    name = readable(name)
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, file = member.name.rpartition("/")
-                key = f"{folder}/{file.partition('.')[0]}"
-                if PurePosixPath(file).suffix.lower() in suffixes:
-                    inside = Item(f"{name}/{member.name}", path, member.offset_data, member.size)
-                    items.append((key, inside))
-                elif file.endswith((".json", ".txt")):
-                    fields.setdefault(key, {}).update(_sidecar(tar, member))
-    except (tarfile.TarError, OSError) as error:
-        yield Item(name, path, problem=f"{name} is not a complete, uncompressed tar ({error}).")
-    for key, item in items:
-        yield dataclasses.replace(item, fields=fields.get(key, {}))
+            try:
+                end = 0
+                for member in tar:
+                    end = member.offset_data + member.size
+                    if member.isfile() and not _is_hidden(member.name):
+                        members[member.name] = member
+                _check_end(path, end)
+            except TAR_ERRORS as error:
+                yield _broken_tar(path, name, error)
+            for inner, sidecars in _sidecars(members, suffixes).items():
+                row, problem = _columns(sidecars, lambda n: tar.extractfile(members[n]))
+                title, member = f"{name}/{readable(inner)}", members[inner]
+                if member.issparse():
+                    problem = f"{title} is stored as a sparse file: make the tar without them."
+                yield Item(title, path, member.offset_data, member.size, (row,), problem)
+    except TAR_ERRORS as error:
+        yield _broken_tar(path, name, error)
 
 
-def _sidecar(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
-    file = tar.extractfile(member)
-    text = file.read().decode(errors="replace") if file else ""
-    if member.name.endswith(".txt"):
-        return {"caption": text.strip()}
-    with contextlib.suppress(json.JSONDecodeError):
-        held = json.loads(text)
-        return held if isinstance(held, dict) else {}
-    return {}
+def _check_end(path: Path, end: int) -> None:
+    """Raises `tarfile.ReadError` unless a block of zeros follows on the last member.
+
+    tarfile takes a header that is cut short for the end.
+    """
+    with path.open("rb") as file:
+        file.seek(math.ceil(end / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
 
 
-def _in_list(path: Path) -> Iterator[Item]:
-    text = path.read_text()
-    readers: dict[str, Callable[[str], Any]] = {
-        ".csv": lambda text: csv.DictReader(io.StringIO(text)),
-        ".jsonl": lambda text: map(json.loads, filter(str.strip, text.splitlines())),
-        ".txt": lambda text: ({"video": line} for line in _names(text)),
-    }
-    try:
-        rows = list(readers[path.suffix](text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must hold a JSON object in each line: {error}.") from error
-    for number, row in enumerate(rows, 1):
-        column = next((c for c in _COLUMNS if isinstance(row, dict) and row.get(c)), None)
-        if column is None:
-            raise ValueError(
-                f"row {number} of {path} must name a file under one of "
-                f"{', '.join(_COLUMNS)}, got {row}."
-            )
-        name = row[column]
-        fields = {k: v for k, v in row.items() if k != column}
-        yield Item(str(name), path.parent / name, fields=fields)
+def _broken_tar(path: Path, name: str, error: BaseException) -> Item:
+    return Item(name, path, problem=f"{name} is not a complete, uncompressed tar ({error}).")
 
 
-def _names(text: str) -> list[str]:
-    lines = (line.strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _sidecars(names: Iterable[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the `.txt` and `.json` files of each file that ends in one of `suffixes`.
+
+    As in WebDataset, they belong to every file of the same name up to the first dot. But a name
+    with more dots, such as `2024.05.txt`, belongs to `2024.05.mp4` alone where that is there. The
+    files of the whole name come last, so that they have the last word.
+    """
+    wanted, beside, stems = [], defaultdict(list), set()
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        if f".{suffix.lower()}" in suffixes:
+            wanted.append(name)
+            stems.add(stem)
+        elif f".{suffix.lower()}" in _SIDECARS:
+            beside[_key(name)].append(name)
+    found = {}
+    for name in wanted:
+        stem = name.rpartition(".")[0]
+        near = sorted((other.rpartition(".")[0] == stem, other) for other in beside[_key(name)])
+        found[name] = [o for same, o in near if same or o.rpartition(".")[0] not in stems]
+    return found
+
+
+def _key(name: str) -> str:
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"
+
+
+def _columns(names: list[str], read: Callable[[str], Any]) -> tuple[Row, str | None]:
+    """Returns what sidecars say, and the reason where one cannot be read."""
+    columns: Row = {}
+    for name in names:
+        title = readable(name)
+        try:
+            with read(name) as file:
+                content = file.read(_MOST_SIDECAR_BYTES + 1)
+            if len(content) > _MOST_SIDECAR_BYTES:
+                raise ValueError(f"{title} has more than {_MOST_SIDECAR_BYTES} bytes: shorten it.")
+            text = decoded(content, title)
+            if name.lower().endswith(".txt"):
+                columns["caption"] = text.strip()
+                continue
+            value = portable(parsed(text, title), title)
+            columns |= value if isinstance(value, dict) else {"json": value}
+        except TAR_ERRORS as error:
+            return {}, f"its sidecar cannot be read: {error}"
+    return columns, None
 
 
 def _copied(file: Any, target: Any, size: int | None) -> str:
-    """The digest of `size` bytes, or of all, that are also written to a target, if there is one."""
+    """Returns the SHA-256 of `size` bytes, or of all; writes them to a target, if there is one."""
     digest = hashlib.sha256()
     left = size
     while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
@@ -179,4 +254,4 @@ def _copied(file: Any, target: Any, size: int | None) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["LATENTS", "VIDEOS", "Item", "find", "shard_of"]
+__all__ = ["LATENTS", "TAR_ERRORS", "VIDEOS", "Item", "find", "shard_of"]
