@@ -10,6 +10,7 @@ print(dataset.encode(vae, "videos", "latents", settings))
 ```
 """
 
+from ._latents_source import Example as Example, LatentsSource as LatentsSource
 from ._run import (
     Progress as Progress,
     Settings as Settings,
