@@ -130,7 +130,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_only_with_first_a_cache_is_told(wrapper):
     x = normal((2, 4, 2, 4, 1))
-    due = np.cumsum(x, axis=1)
+    due = np.cumsum(np.asarray(x), axis=1)
     fn = WRAPPERS[wrapper](lambda step: cv.framewise(step, 2, first=1))
     np.testing.assert_allclose(fn(x), due + np.array([0, 100, 100, 100])[:, None, None, None], 1e-5)
     plain = cv.framewise(telling, 1)

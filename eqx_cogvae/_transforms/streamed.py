@@ -245,11 +245,12 @@ class _Source:
     ):
         self._size, self._resumed = size, resumed
         self._first_size = size if resumed and first is not None else first
-        self.is_there = hasattr(frames, "shape") or isinstance(frames, list | tuple)
+        self.is_there = True
         if hasattr(frames, "shape"):
             self.length = frames.shape[1]
             self._pieces = self._cut(frames)
         else:
+            self.is_there = isinstance(frames, list | tuple)
             self.length = _length(frames) if length is None else length
             self._pieces = map(_piece, frames)
         self._waiting: list[Any] = []
