@@ -47,7 +47,9 @@ class Stream(Iterator):
     `cache` is what the batch of the last result returned, and is given away when the next result
     is asked for. `frame` counts the input frames that the results so far were made of. A
     `KeyboardInterrupt` leaves both as they belong together, for another stream to go on from:
-    while a batch is dispatched it waits until the result after that batch's is asked for.
+    while a batch is dispatched it waits until the result after that batch's is asked for. An error
+    within a step takes the cache along that was given to it: `cache` then raises an
+    `AttributeError` that says so. A stream that runs ahead keeps it.
     """
 
     cache: Cache
@@ -68,6 +70,14 @@ class Stream(Iterator):
         self.cache = jax.tree.map(lambda x: jnp.array(x, copy=True), cache)
         self.frame = 0
 
+    def __getattr__(self, name: str) -> Any:
+        if name != "cache":
+            raise AttributeError(f"a stream has no {name!r}.")
+        raise AttributeError(
+            f"the cache was given to the step that failed at frame {self.frame}: resume from a "
+            "copy of `.cache` that was made before, or from the start."
+        )
+
     def __iter__(self) -> "Stream":
         return self
 
@@ -79,10 +89,11 @@ class Stream(Iterator):
             raise
         except Exception as error:
             self._close()
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
+                del self.cache
             if not self.frame:
                 raise
-            reason = " ".join(str(error).split())
-            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            kind, reason = _told(error)
             raise kind(
                 f"the stream stopped at frame {self.frame}, those before it are done: {reason}"
             ) from error
@@ -122,7 +133,9 @@ class Stream(Iterator):
     def _look_ahead(self) -> None:
         """Dispatches the next batch, and keeps the cache that it goes on from."""
         try:
-            self._pending = self._dispatched(next(self._batches), ahead=True)
+            # A clip's first batch has no cache to keep, and shares its program with `framewise`.
+            batch = next(self._batches)
+            self._pending = self._dispatched(batch, ahead=self.cache is not None)
         except Exception as error:
             # It is heard when this batch's result is asked for: those before it are good.
             self._pending = error
@@ -199,6 +212,16 @@ def streamed(
     `RuntimeError` for what else goes wrong, both of which say at which frame the stream stopped.
     """
     return Streamed(step, size, first, ahead, progress)
+
+
+def _told(error: Exception) -> tuple[type[Exception], str]:
+    """Returns the kind of an error, and what it says, in one line."""
+    reason = " ".join(str(error).split())
+    # What `eqx.error_if` says stands between a traceback and advice.
+    _, within, own = reason.partition("EquinoxRuntimeError: ")
+    if within:
+        return RuntimeError, own.partition(" -----")[0]
+    return (ValueError if isinstance(error, ValueError) else RuntimeError), reason
 
 
 def _delete(spent: Cache, others: PyTree) -> None:
