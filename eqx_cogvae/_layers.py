@@ -14,10 +14,10 @@ from ._lowering import (
     Geometry,
     Taps,
     causal_conv,
-    conv,
     frame_by_frame,
     frame_conv,
     pointwise_conv,
+    valid_conv,
 )
 from ._types import Key, at_least_float32
 
@@ -87,7 +87,7 @@ class CausalConv3d(eqx.Module):
         kt, kh, kw = kernel.shape[:3]
         pads = [(0, 0), (kt - 1, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)]
         unpadded = Geometry(pads=((0, 0), (0, 0)))
-        return conv(jnp.pad(x, pads, mode="edge"), kernel, bias, unpadded), None
+        return valid_conv(jnp.pad(x, pads, mode="edge"), kernel, bias, unpadded), None
 
     def taps(self) -> Taps | None:
         """Returns the kernel and the bias, or None if space is padded by replication."""

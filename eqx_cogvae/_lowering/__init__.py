@@ -17,7 +17,7 @@ from .choose import Geometry as Geometry
 from .chunked import Taps as Taps, frame_by_frame as frame_by_frame
 from .conv import (
     causal_conv as causal_conv,
-    conv as conv,
     frame_conv as frame_conv,
     pointwise_conv as pointwise_conv,
+    valid_conv as valid_conv,
 )

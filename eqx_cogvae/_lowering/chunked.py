@@ -22,7 +22,7 @@ from .._meshes import varying_as
 from . import choose
 from .affine import Affine, frame, rows
 from .choose import Geometry, Hints
-from .conv import causal_conv, conv, pointwise_conv
+from .conv import causal_conv, pointwise_conv, valid_conv
 
 Activation = Callable[[Array], Array]
 
@@ -193,7 +193,7 @@ def _group_by_bands(
         if past:
             last = y[:, -past:, margin : margin + height]
             cache = lax.dynamic_update_slice_in_dim(cache, last, start, axis=2)
-        y = conv(y, *unit.taps, geometry)
+        y = valid_conv(y, *unit.taps, geometry)
         residual = None if unit.residual is None else cut(result, start, height)
         y = unit.joined(y, cut(source, start, height), residual)
         zero = jnp.zeros_like(start)

@@ -64,7 +64,7 @@ def causal_conv(
         x = jnp.concatenate([before, x], axis=1)
     (kh, kw) = kernel.shape[1:3]
     geometry = Geometry(pads=((kh // 2, kh // 2), (kw // 2, kw // 2)))
-    return conv(x, kernel, bias, geometry), x[:, -past:] if past else None
+    return valid_conv(x, kernel, bias, geometry), x[:, -past:] if past else None
 
 
 def frame_conv(
@@ -74,7 +74,7 @@ def frame_conv(
     geometry: Geometry,
 ) -> Float[Array, "b t h2 w2 o"]:
     """Convolves every frame by itself."""
-    return conv(x, kernel[None], bias, geometry)
+    return valid_conv(x, kernel[None], bias, geometry)
 
 
 def pointwise_conv(
@@ -85,7 +85,7 @@ def pointwise_conv(
     return _biased(y, bias).astype(x.dtype)
 
 
-def conv(
+def valid_conv(
     x: Float[Array, "b t h w i"],
     kernel: Float[Array, "kt kh kw i o"],
     bias: Float[Array, " o"],
@@ -327,22 +327,21 @@ for _primitive in (conv_p, product_p, by_input_p):
 batching.primitive_batchers[by_kernel_p] = _loop(by_kernel_p)
 
 
-def flops(primitive: str, *shapes: Sequence[int], result: Sequence[int]) -> int | None:
-    """Returns multiplications and additions of a convolution done directly, None for others.
+def flops(primitive: str, first: Any, second: Any, *bias: Any, result: Any) -> int:
+    """Returns the multiplications and additions of one of the primitives, done directly.
 
     A lowering may need fewer: Winograd's does 4/9 of the multiplications.
+
+    **Arguments:** the primitive's name, and the shapes of its operands and of its result.
     """
-    names = {p.name for p in (conv_p, product_p)}
-    if primitive in names:
-        *sizes, i, _ = shapes[1]
-        return 2 * math.prod((*sizes, i)) * math.prod(result)
-    if primitive == by_input_p.name:
-        *sizes, _, _ = shapes[1]
-        return 2 * math.prod((*sizes, result[-1])) * math.prod(shapes[0])
-    if primitive == by_kernel_p.name:
-        *sizes, i, _ = result
-        return 2 * math.prod((*sizes, i)) * math.prod(shapes[1])
-    return None
+    del bias
+    # Every face sums products over the same pairs: a pixel of the result, a tap and two channels.
+    frames, kernel = (
+        (result, second)
+        if primitive in (conv_p.name, product_p.name)
+        else ((first, second) if primitive == by_input_p.name else (second, result))
+    )
+    return 2 * math.prod(kernel[:4]) * math.prod(frames)
 
 
 __all__ = [
@@ -350,8 +349,8 @@ __all__ = [
     "PLATFORMS",
     "Geometry",
     "causal_conv",
-    "conv",
     "flops",
     "frame_conv",
     "pointwise_conv",
+    "valid_conv",
 ]

@@ -57,8 +57,8 @@ def _phase_kernels(kernel: Float[Array, "1 3 3 i o"]) -> Float[Array, "1 2 2 i 4
     return jnp.concatenate(kernels, axis=-1)
 
 
-def _interleaved(y: Float[Array, "b t h+1 w+1 4*o"]) -> Float[Array, "b t 2*h 2*w o"]:
-    """Returns the large grid, of whose phases `y` holds one after another as channels."""
+def _interleaved(y: Array) -> Array:
+    """Returns the large grid `(b, t, 2h, 2w, o)` from its phases `(b, t, h+1, w+1, 4o)`."""
     b, t, h, w = y.shape[0], y.shape[1], y.shape[2] - 1, y.shape[3] - 1
     quads = jnp.split(y, 4, axis=-1)
     shifted = [quads[2 * i + j][:, :, i : i + h, j : j + w] for i in (0, 1) for j in (0, 1)]
