@@ -56,7 +56,7 @@ def _flop(model: cv.VAE | preview.Preview, z: jax.Array) -> int:
     """Returns the arithmetic of a whole clip, by direct convolutions on any platform."""
     arrays, static = eqx.partition(model, eqx.is_array)
     whole = lambda arrays, z: cv.framewise(eqx.combine(arrays, static).decode_step, 2)(z)  # noqa: E731
-    return flops(jax.make_jaxpr(whole)(arrays, z), "tpu")
+    return flops(jax.make_jaxpr(whole)(arrays, z))
 
 
 def _options() -> argparse.Namespace:
