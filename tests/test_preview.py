@@ -14,6 +14,7 @@ from reference import distance, normal
 
 import eqx_cogvae as cv
 from eqx_cogvae import preview
+from eqx_cogvae._flops import flops
 
 # The published architecture: what each numbered entry of the two lists of layers is.
 ENCODER = [
@@ -187,6 +188,18 @@ def test_the_published_counts_of_parameters(tiny):
     """9.84 and 1.47 million, as published."""
     count = lambda half: sum(leaf.size for leaf in jax.tree.leaves(half))  # noqa: E731
     assert (count(tiny.decoder), count(tiny.encoder)) == (9_844_611, 1_470_928)
+
+
+def test_a_fiftieth_of_the_arithmetic():
+    """The publisher's figure is 51, for a long clip; nothing is compiled."""
+    z = jax.ShapeDtypeStruct((1, 13, 8, 12, 16), jnp.float32)
+    key = jax.random.key(0)
+    counts = []
+    for make in (lambda: cv.VAE(cv.Config(), key=key), lambda: preview.Preview(key=key)):
+        step = eqx.filter_eval_shape(make).decode_step
+        traced = eqx.filter_make_jaxpr(lambda step, z: cv.framewise(step, 2)(z))(step, z)
+        counts.append(flops(traced[0]))
+    assert counts[0] / counts[1] == pytest.approx(51, rel=0.03)
 
 
 @pytest.mark.parametrize("count", range(1, 14))
