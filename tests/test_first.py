@@ -14,6 +14,7 @@ from diffusers.models.upsampling import CogVideoXUpsample3D
 from reference import distance, from_torch, normal, pair, to_torch
 
 import eqx_cogvae as cv
+from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
@@ -193,3 +194,13 @@ def test_bad_first(first, unchecked):
     for transform in (cv.framewise, cv.streamed):
         with pytest.raises(ValueError, match="`first` must be a whole number of at least 1 frame"):
             transform(running_sum, 2, first=first)
+
+
+def test_the_adapter_has_it_as_an_attribute(models):
+    """diffusers' numbers by default, and no advice on a count of latents that comes back."""
+    vae, model = models
+    adapter = EqxAutoencoderKLCogVideoX(vae)
+    adapter.first_latent_frames_batch_size = 1
+    latents = normal((1, 4, 4, 5, 3), 4)
+    due = decoded_by_fun(model, latents, 2)
+    assert distance(from_torch(adapter.decode(to_torch(latents)).sample), due) < 1e-5
