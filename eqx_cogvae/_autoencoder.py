@@ -71,10 +71,11 @@ class UpBlock(eqx.Module):
         cache: BlockCache | None = None,
         *,
         latents: Float[Array, "b t2 h2 w2 z"],
+        continued: bool = False,
     ) -> tuple[Float[Array, "b t3 h3 w3 o"], BlockCache]:
         x, cache = _chain(self.resnets, x, cache, latents)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x, continued=True) if continued else upsample(x)
         return x, cache
 
 
@@ -94,6 +95,17 @@ class DecoderCache(NamedTuple):
     mid_block: BlockCache
     up_blocks: tuple[BlockCache, ...]
     conv_out: Float[Array, "b k h w c"] | None
+
+    def continued(self) -> "ContinuedCache":
+        """Returns a cache that says that the next batch is no clip's first, whatever its size."""
+        return ContinuedCache(*self)
+
+
+class ContinuedCache(DecoderCache):
+    """The decoder's cache before a batch whose every latent gives as many frames as any other.
+
+    Without it an odd batch is taken for a clip's first, as diffusers does.
+    """
 
 
 class Encoder(eqx.Module):
@@ -164,12 +176,13 @@ class Decoder(eqx.Module):
         self, latents: Float[Array, "b t h w z"], cache: DecoderCache | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], DecoderCache]:
         ups = (None,) * len(self.up_blocks)
+        continued = isinstance(cache, ContinuedCache)
         conv_in, mid_block, up_blocks, conv_out = cache or (None, None, ups, None)
         x, conv_in = self.conv_in(latents, conv_in)
         x, mid_block = self.mid_block(x, mid_block, latents=latents)
         caches = []
         for block, past in zip(self.up_blocks, up_blocks, strict=True):
-            x, past = block(x, past, latents=latents)
+            x, past = block(x, past, latents=latents, continued=continued)
             caches.append(past)
         x, conv_out = normed_conv(self.norm_out, jax.nn.silu, self.conv_out, x, conv_out, latents)
         return x, DecoderCache(conv_in, mid_block, tuple(caches), conv_out)

@@ -23,6 +23,10 @@ def _of_equation(equation: Any) -> int:
     shapes = [variable.aval.shape for variable in equation.invars]
     if name.startswith("eqx_cogvae_"):
         return of_convolution(name, *shapes, result=equation.outvars[0].aval.shape)
+    if name == "conv_general_dilated":
+        # The preview's, or what a user put in place of the model's own.
+        out_channels = shapes[1][params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(shapes[1]) // out_channels * math.prod(equation.outvars[0].aval.shape)
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         taps = math.prod(shapes[0][axis] for axis in contracted)

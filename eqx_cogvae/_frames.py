@@ -10,8 +10,14 @@ SAMPLE_BATCH = 8
 LATENT_BATCH = 2
 
 
-def frame_batches(t: int, size: int) -> tuple[int, ...]:
-    """Frame counts of the batches that `t` frames are cut into; the first takes the remainder."""
+def frame_batches(t: int, size: int, first: int | None = None) -> tuple[int, ...]:
+    """Returns the frame counts of the batches that `t` frames are cut into.
+
+    The first takes the remainder; with `first` it takes so many, and the last what is left.
+    """
+    if first is not None:
+        full, last = divmod(max(t - first, 0), size)
+        return (min(first, t),) + (size,) * full + (last,) * bool(last)
     return (t,) if t < size else (size + t % size,) + (size,) * (t // size - 1)
 
 

@@ -203,7 +203,8 @@ class Downsample(eqx.Module):
 class Upsample(eqx.Module):
     """Doubles height and width, and the frames too, by repeating; then convolves every frame.
 
-    Of an odd number of frames the first is not doubled in time.
+    Of an odd number of frames the first is not doubled in time, unless they are `continued`: no
+    clip begins with them.
     """
 
     conv: Conv
@@ -214,13 +215,15 @@ class Upsample(eqx.Module):
         self.compress_time = compress_time
 
     @named_scope("eqx_cogvae.Upsample")
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 2*h 2*w c"]:
+    def __call__(
+        self, x: Float[Array, "b t h w c"], *, continued: bool = False
+    ) -> Float[Array, "b t2 2*h 2*w c"]:
         # The convolution sees one frame at a time, so the copies are made after it.
         geometry = Geometry(doubles=True)
         x = frame_by_frame(lambda x: frame_conv(x, *self.conv.taps(), geometry), x)
         if not self.compress_time:
             return x
-        first, rest = _split_first(x)
+        first, rest = (x[:, :0], x) if continued else _split_first(x)
         return jnp.concatenate([first, jnp.repeat(rest, 2, axis=1)], axis=1)
 
 

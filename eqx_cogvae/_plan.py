@@ -185,9 +185,13 @@ class _Direction(NamedTuple):
 
 
 class _Program(NamedTuple):
-    """A compiled step, in bytes and operations, and how often a clip calls it."""
+    """A compiled step, in bytes and operations, and how often a clip calls it.
+
+    `donated` is the part of its arguments that it writes its outputs over.
+    """
 
     peak: float | int
+    donated: int
     arguments: int
     result: int
     flop: int
@@ -201,7 +205,8 @@ def _costs(direction: _Direction, x: jax.ShapeDtypeStruct) -> tuple[Cost, ...]:
     grid = [_lengths(direction, axis, side) for axis, side in enumerate(sides)]
     clip, one = _programs(direction, x), None
     stream = streamed(direction.step, direction.size)
-    peak = max(program.peak + program.result for program in clip)
+    # A stream that runs ahead keeps the cache that a step goes on from.
+    peak = max(program.peak + program.donated + program.result for program in clip)
     costs = [
         _whole("whole", whole, clip, x),
         Cost(_STREAMED, peak, len(clip), _flop(clip), stream),
@@ -296,12 +301,12 @@ def _compiled(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _Program(math.inf, 0, size, flop, calls), cache
+        return _Program(math.inf, 0, 0, size, flop, calls), cache
     memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes
     peak = held + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    peak -= memory.alias_size_in_bytes
-    return _Program(peak, held, size, flop, calls), cache
+    donated = memory.alias_size_in_bytes
+    return _Program(peak - donated, donated, held, size, flop, calls), cache
 
 
 def _placed(vae: VAE, device: Any) -> VAE:

@@ -126,7 +126,7 @@ def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
         y, seen = causal_conv(normed(now, i), *unit.taps, before)
         y = unit.joined(y, now, None if unit.residual is None else frame(result, i))
         y = with_layout_constraint(y, Layout(tuple(range(y.ndim)))) if pinned else y
-        past = tuple(seen[:, i : i + 1] for i in range(len(past)))
+        past = () if seen is None else tuple(seen[:, i : i + 1] for i in range(len(past)))
         return (lax.dynamic_update_slice_in_dim(result, y, i, axis=1), past), None
 
     index = jnp.arange(count, dtype=jnp.int32)

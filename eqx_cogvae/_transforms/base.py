@@ -6,12 +6,14 @@ so that its compile time does not depend on the size of the video. Called while 
 """
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -44,10 +46,33 @@ def _jitted(fn: Callable, *args: Any) -> Any:
     return fn(*args)
 
 
+def jitted_step(
+    step_and_frames: tuple[Step, Any], cache: Cache, ahead: bool = False
+) -> tuple[Any, Cache]:
+    """Calls one step in compiled form, and gives away the buffers of `cache`.
+
+    With `ahead` it returns before the device is done, and `cache` stays the caller's.
+    """
+    if not ahead:
+        return _donating_step(step_and_frames, cache)
+    arrays, rest = eqx.partition(step_and_frames, lambda x: isinstance(x, jax.Array | np.ndarray))
+    leaves, treedef = jax.tree.flatten(rest)
+    return _dispatched_step(arrays, cache, treedef, tuple(leaves))
+
+
 @eqx.filter_jit(donate="all-except-first")
-def jitted_step(step_and_frames: tuple[Step, PyTree[Array]], cache: Cache) -> tuple[Any, Cache]:
-    """One step in compiled form; the buffers of `cache` are given away."""
+def _donating_step(step_and_frames: tuple[Step, Any], cache: Cache) -> tuple[Any, Cache]:
     step, frames = step_and_frames
+    return step(frames, cache)
+
+
+# Not by `eqx.filter_jit`, which waits for the device. No buffers are donated, as a CPU would be
+# done with such a program before the call returns.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _dispatched_step(
+    arrays: PyTree, cache: Cache, treedef: Any, leaves: tuple[Any, ...]
+) -> tuple[Any, Cache]:
+    step, frames = eqx.combine(arrays, jax.tree.unflatten(treedef, leaves))
     return step(frames, cache)
 
 
@@ -65,13 +90,26 @@ def join(pieces: list[PyTree[Array]], axis: int) -> PyTree[Array]:
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis), *pieces)
 
 
-def check_batch_size(size: int) -> None:
-    """Raises for anything but a whole number of at least 1."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(
-            f"`size` must be a whole number of at least 1 frame, got {size!r}; the model was "
-            "trained with 8 when encoding, 2 when decoding."
-        )
+def check_batch_size(size: int, first: int | None = None) -> None:
+    """Raises `ValueError` unless each is a whole number of at least 1; `first` may be None."""
+    for name, value in (("size", size), ("first", 1 if first is None else first)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"`{name}` must be a whole number of at least 1 frame, got {value!r}; the model "
+                "was trained with 8 when encoding, 2 when decoding."
+            )
+
+
+def continued(cache: Cache) -> Cache:
+    """Returns a cache that says that the next batch is no clip's first, whatever its size.
+
+    A batch's size alone does not tell: diffusers takes every odd batch for a clip's first. The
+    model's caches have a method for it; others pass as they are.
+    """
+    known = lambda node: hasattr(node, "continued")  # noqa: E731
+    return jax.tree.map(
+        lambda node: node.continued() if known(node) else node, cache, is_leaf=known
+    )
 
 
 __all__ = [
@@ -79,6 +117,7 @@ __all__ = [
     "Transform",
     "call",
     "check_batch_size",
+    "continued",
     "cut",
     "jitted_step",
     "join",

@@ -28,6 +28,11 @@ class Interruption:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
 
+    @property
+    def is_pending(self) -> bool:
+        """True while a signal was noted and not handed on."""
+        return self._pending is not None
+
     def raise_pending(self) -> None:
         """Does what the signal would have done."""
         if self._pending is not None:

@@ -1,7 +1,7 @@
 """Clips of any length, one frame batch at a time."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from .._frames import frame_batches
 from .._types import Cache, at_least_float32
-from .base import Step, check_batch_size, cut, jitted_step
+from .base import Step, check_batch_size, continued, cut, jitted_step
 from .interruption import Interruption
 from .progress import progress_bar
 
@@ -21,36 +21,51 @@ class Streamed(eqx.Module):
 
     step: Step
     size: int = eqx.field(static=True)
+    first: int | None = eqx.field(static=True)
+    ahead: bool | None = eqx.field(static=True)
     progress: bool = eqx.field(static=True)
 
     def __check_init__(self):
-        check_batch_size(self.size)
+        check_batch_size(self.size, self.first)
 
     def __call__(self, frames: Any, *, cache: Cache = None, length: int | None = None) -> "Stream":
         """Starts a stream; see `streamed`."""
         return Stream(self, frames, cache, length)
 
 
-class Stream(Iterator):
-    """Results of a step over frame batches; `cache` and `frame` tell how far it has come.
+class _Pending(NamedTuple):
+    """A batch that was dispatched, and whose result was not given yet."""
 
-    `cache` is what the last batch returned, and is given away when the next one is asked for.
-    `frame` counts the input frames that the results so far were made of. A `KeyboardInterrupt`
-    leaves both as they belong together, for another stream to go on from: during a step it waits
-    until the next one is asked for. An error within a step takes the cache along that was given
-    to it: `cache` then raises an `AttributeError` that says so.
+    result: PyTree
+    cache: Cache
+    frames: int
+
+
+class Stream(Iterator):
+    """Iterates over the results of a step; `cache` and `frame` tell how far it has come.
+
+    `cache` is what the batch of the last result returned, and is given away when the next result
+    is asked for. `frame` counts the input frames that the results so far were made of. A
+    `KeyboardInterrupt` leaves both as they belong together, for another stream to go on from:
+    while a batch is dispatched it waits until the result after that batch's is asked for. An error
+    within a step takes the cache along that was given to it: `cache` then raises an
+    `AttributeError` that says so. A stream that runs ahead keeps it.
     """
 
     cache: Cache
     frame: int
 
     def __init__(self, streamed: Streamed, frames: Any, cache: Cache, length: int | None):
-        source = _Source(frames, streamed.size, resumed=cache is not None, length=length)
-        self._step = streamed.step
+        source = _Source(
+            frames, streamed.size, streamed.first, resumed=cache is not None, length=length
+        )
+        self._step, self._first = streamed.step, streamed.first
+        self._ahead = source.is_there if streamed.ahead is None else streamed.ahead
         self._batches = source.batches()
         self._bar = progress_bar(source.length, "frame", show=streamed.progress)
         self._last: PyTree = None
-        self._interruption = Interruption()
+        self._pending: _Pending | Exception | None = None
+        self._interruption, self._interrupted = Interruption(), False
         # A cache that was given stays the caller's own.
         self.cache = jax.tree.map(lambda x: jnp.array(x, copy=True), cache)
         self.frame = 0
@@ -67,17 +82,8 @@ class Stream(Iterator):
         return self
 
     def __next__(self) -> PyTree[Array]:
-        self._interruption.raise_pending()
-        # One batch in flight: else a slow consumer lets results pile up on the device.
-        jax.block_until_ready(self._last)
         try:
-            batch = next(self._batches)
-            # The old cache is given away before the new one is there.
-            with self._interruption:
-                self._last, self.cache = jitted_step((self._step, batch), self.cache)
-                self.frame += batch.shape[1]
-                self._bar.update(batch.shape[1])
-                return self._last
+            return self._next_ahead() if self._ahead else self._next_in_turn()
         except StopIteration:
             self._close()
             raise
@@ -87,23 +93,88 @@ class Stream(Iterator):
                 del self.cache
             if not self.frame:
                 raise
-            reason = " ".join(str(error).split())
-            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            kind, reason = _told(error)
             raise kind(
                 f"the stream stopped at frame {self.frame}, those before it are done: {reason}"
             ) from error
 
+    def _next_in_turn(self) -> PyTree[Array]:
+        """Reads and dispatches a batch, and gives its result, which may not be ready yet."""
+        self._interruption.raise_pending()
+        # One batch in flight: else a slow consumer lets results pile up on the device.
+        jax.block_until_ready(self._last)
+        batch = next(self._batches)
+        with self._interruption:
+            # The old cache is given away before the new one is there.
+            self._last = self._given(self._dispatched(batch, ahead=False))
+            return self._last
+
+    def _next_ahead(self) -> PyTree[Array]:
+        """Gives the result of a batch that was dispatched before, and dispatches the next."""
+        if self._interrupted:
+            self._interrupted = False
+            self._interruption.raise_pending()
+        if self._pending is None:
+            with self._interruption:
+                self._look_ahead()
+        if not isinstance(self._pending, _Pending):
+            raise self._pending or StopIteration
+        # One batch in flight: the next one is dispatched when this one is done.
+        jax.block_until_ready(self._pending.result)
+        with self._interruption:
+            spent, before = self.cache, self._last
+            self._last = self._given(self._pending)
+            self._interrupted = self._interruption.is_pending
+            _delete(spent, (self.cache, self._last, before))
+            self._look_ahead()
+            _copy_to_host(self._last)
+            return self._last
+
+    def _look_ahead(self) -> None:
+        """Dispatches the next batch, and keeps the cache that it goes on from."""
+        try:
+            # A clip's first batch has no cache to keep, and shares its program with `framewise`.
+            batch = next(self._batches)
+            self._pending = self._dispatched(batch, ahead=self.cache is not None)
+        except Exception as error:
+            # It is heard when this batch's result is asked for: those before it are good.
+            self._pending = error
+
+    def _dispatched(self, batch: Any, ahead: bool) -> _Pending:
+        result, cache = jitted_step((self._step, batch), self.cache, ahead)
+        if self._first is not None:
+            cache = continued(cache)
+        return _Pending(result, cache, batch.shape[1])
+
+    def _given(self, done: _Pending) -> PyTree[Array]:
+        self.cache = done.cache
+        self.frame += done.frames
+        self._bar.update(done.frames)
+        return done.result
+
     def _close(self) -> None:
-        self._last = None
+        self._last = self._pending = None
+        self._batches = iter(())
         self._bar.close()
 
 
-def streamed(step: Step, size: int, *, progress: bool = False) -> Streamed:
-    """A function from a clip to an iterator over the results of its frame batches.
+def streamed(
+    step: Step,
+    size: int,
+    *,
+    first: int | None = None,
+    ahead: bool | None = None,
+    progress: bool = False,
+) -> Streamed:
+    """Returns a function from a clip to an iterator over the results of its frame batches.
 
-    Memory is constant however long the clip: the cache is donated from step to step, and no
-    more than one batch is in flight. The results, joined, equal `framewise(step, size)` bit for
-    bit.
+    Memory is constant however long the clip, and no more than one batch is in flight. The
+    results, joined, equal `framewise(step, size, first=first)` bit for bit.
+
+    A stream that runs ahead dispatches a batch before it gives the result of the one before: the
+    device computes while the caller copies that result to the host and writes it. The device then
+    holds two caches, the one before the batch for `.cache` and the one behind it. A stream that
+    does not donates the cache from step to step, and holds one.
 
     !!! Example
 
@@ -116,7 +187,12 @@ def streamed(step: Step, size: int, *, progress: bool = False) -> Streamed:
     **Arguments:**
 
     - `step`: `(frames, cache) -> (result, cache)`, such as `vae.decode_step`.
-    - `size`: frames in a batch; the first takes the remainder.
+    - `size`: frames in a batch.
+    - `first`: frames in the first batch, and the last one takes what is left; None lets the first
+        take the remainder. See `framewise`.
+    - `ahead`: True runs ahead, and reads one batch more than it has given results of; False never
+        does. None runs ahead of an array or a list, whose frames are all there, and not of another
+        iterable, whose frames may come late or follow from the results.
     - `progress`: show a bar of frames.
 
     **Returns:** a function of
@@ -124,18 +200,43 @@ def streamed(step: Step, size: int, *, progress: bool = False) -> Streamed:
     - `frames`: an array `(b, t, ...)`, or an iterable of arrays: pieces `(b, t_i, h, w, c)` or
         single frames `(b, h, w, c)`.
     - `cache`: a stream's `.cache`, also one that was saved and read again: goes on behind the
-        batch that it came from. There is no remainder then.
+        batch that it came from. There is no remainder then, and with `first` any is the last's.
     - `length`: frames that an iterable holds in all; a list knows. Where nothing tells, the
         first piece does: its frames modulo `size` are taken for the clip's. One frame at a
-        time suits 8k + 1 frames of video, and 2k + 1 latents.
+        time suits 8k + 1 frames of video, and 2k + 1 latents. With `first` nothing need tell.
 
     It gives an iterator, with `.cache` and `.frame`, the count of frames done.
 
-    **Raises:** `ValueError` for a `size` below 1. While iterating, once results were given:
-    `ValueError` for frames that change their size or do not fill the last batch, `RuntimeError`
-    for what else goes wrong, both of which say at which frame the stream stopped.
+    **Raises:** `ValueError` for a `size` or a `first` below 1. While iterating, once results were
+    given: `ValueError` for frames that change their size or do not fill the last batch,
+    `RuntimeError` for what else goes wrong, both of which say at which frame the stream stopped.
     """
-    return Streamed(step, size, progress)
+    return Streamed(step, size, first, ahead, progress)
+
+
+def _told(error: Exception) -> tuple[type[Exception], str]:
+    """Returns the kind of an error, and what it says, in one line."""
+    reason = " ".join(str(error).split())
+    # What `eqx.error_if` says stands between a traceback and advice.
+    _, within, own = reason.partition("EquinoxRuntimeError: ")
+    if within:
+        return RuntimeError, own.partition(" -----")[0]
+    return (ValueError if isinstance(error, ValueError) else RuntimeError), reason
+
+
+def _delete(spent: Cache, others: PyTree) -> None:
+    """Frees a cache, also where the caller still holds it, but for arrays among the others."""
+    kept = {id(leaf) for leaf in jax.tree.leaves(others)}
+    for leaf in jax.tree.leaves(spent):
+        if id(leaf) not in kept:
+            leaf.delete()
+
+
+def _copy_to_host(result: PyTree[Array]) -> None:
+    """Begins to copy a result to the host, beside what the device computes."""
+    for leaf in jax.tree.leaves(result):
+        if leaf.is_fully_addressable:
+            leaf.copy_to_host_async()
 
 
 class AsUint8(eqx.Module):
@@ -160,14 +261,19 @@ def as_uint8(step: Step) -> AsUint8:
 
 
 class _Source:
-    """Frame batches of an array or an iterable."""
+    """Cuts an array or an iterable into frame batches."""
 
-    def __init__(self, frames: Any, size: int, *, resumed: bool, length: int | None):
+    def __init__(
+        self, frames: Any, size: int, first: int | None, *, resumed: bool, length: int | None
+    ):
         self._size, self._resumed = size, resumed
+        self._first_size = size if resumed and first is not None else first
+        self.is_there = True
         if hasattr(frames, "shape"):
             self.length = frames.shape[1]
             self._pieces = self._cut(frames)
         else:
+            self.is_there = isinstance(frames, list | tuple)
             self.length = _length(frames) if length is None else length
             self._pieces = map(_piece, frames)
         self._waiting: list[Any] = []
@@ -176,17 +282,21 @@ class _Source:
     def batches(self) -> Iterator[Any]:
         if not self._fill(1):
             raise ValueError("expected a frame or more, got none.")
-        if self.length is None and not self._resumed:
+        if self._first_size is not None:
+            yield self._take(min(self._first_size, self._fill(self._first_size)))
+        elif self.length is None and not self._resumed:
             # A clip that ends before its first batch is full is that batch.
             first = self._size + self._waiting[0].shape[1] % self._size
             yield self._take(min(first, self._fill(first)))
         else:
             yield self._take(self._first(self.length or self._size))
-        while self._fill(1):
-            yield self._take(self._size)
+        while held := self._fill(self._size):
+            yield self._take(self._size if self._first_size is None else min(self._size, held))
 
     def _first(self, length: int) -> int:
-        """Frames of the first batch."""
+        """Returns the frames of the first batch."""
+        if self._first_size is not None:
+            return self._first_size
         if not self._resumed:
             return frame_batches(length, self._size)[0]
         if self.length is not None and length % self._size:

@@ -11,6 +11,7 @@ print(dataset.encode(vae, "videos", "latents", settings))
 """
 
 from ._encode import noise_key as noise_key
+from ._latents_source import Example as Example, LatentsSource as LatentsSource
 from ._run import (
     Progress as Progress,
     Summary as Summary,

@@ -11,6 +11,7 @@ _leave_memory_to_torch()
 
 try:
     from ._adapter import EqxAutoencoderKLCogVideoX as EqxAutoencoderKLCogVideoX
+    from ._preview import PreviewCallback as PreviewCallback
     from ._tensors import to_jax as to_jax, to_torch as to_torch
 except ImportError as error:
     raise ImportError(

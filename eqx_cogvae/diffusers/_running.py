@@ -36,6 +36,9 @@ _MESH_AXES = ("batch", "height", "width")
 # Accelerate and diffusers leave these on what they offload.
 _HOOKS = ("_hf_hook", "_diffusers_hook")
 
+# Frames in a batch, and in the first one, as `framewise` takes them.
+_Batches = tuple[int, int | None]
+
 
 class JaxAutoencoder(WithoutModules):
     """Encodes and decodes tensors with a JAX model, as diffusers' attributes say at each call."""
@@ -50,6 +53,8 @@ class JaxAutoencoder(WithoutModules):
         self.gradient_checkpointing = self.use_slicing = self.use_tiling = False
         self.num_sample_frames_batch_size = SAMPLE_BATCH
         self.num_latent_frames_batch_size = LATENT_BATCH
+        # 1 decodes as CogVideoX-Fun does; None leaves the remainder to the first batch.
+        self.first_latent_frames_batch_size: int | None = None
         size = (vae.config.sample_height // 2, vae.config.sample_width // 2)
         self._set_tiles(size, (1 / 6, 1 / 5))
 
@@ -133,24 +138,26 @@ class JaxAutoencoder(WithoutModules):
         warn_of_frames(x.shape[2], config)
         warn_of_size(x.shape[3], x.shape[4], config.spatial_compression)
         tile = (self.tile_sample_min_height, self.tile_sample_min_width)
-        return self._call(x, "encode_step", self.num_sample_frames_batch_size, tile, tiles)
+        return self._call(x, "encode_step", (self.num_sample_frames_batch_size, None), tile, tiles)
 
     def _decode(
         self, z: torch.Tensor, return_dict: bool = True, tiles: bool = False
     ) -> DecoderOutput | tuple[torch.Tensor]:
         _check_tensor(z, self.vae.config.latent_channels)
-        warn_of_latent_frames(z.shape[2], self.vae.config)
+        batches = self.num_latent_frames_batch_size, self.first_latent_frames_batch_size
+        if batches[1] is None:
+            warn_of_latent_frames(z.shape[2], self.vae.config)
         tile = (self.tile_latent_min_height, self.tile_latent_min_width)
-        sample = self._call(z, "decode_step", self.num_latent_frames_batch_size, tile, tiles)
+        sample = self._call(z, "decode_step", batches, tile, tiles)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _call(
-        self, x: torch.Tensor, step: str, frames: int, tile: tuple[int, int], tiles: bool
+        self, x: torch.Tensor, step: str, batches: _Batches, tile: tuple[int, int], tiles: bool
     ) -> torch.Tensor:
         check_process()
         vae, where = self._placed(x.device)
         fn, again = self._functions(
-            getattr(vae, step), frames, tile if tiles or self.use_tiling else None
+            getattr(vae, step), batches, tile if tiles or self.use_tiling else None
         )
         return call(fn, again, where, x)
 
@@ -168,14 +175,17 @@ class JaxAutoencoder(WithoutModules):
         )
 
     def _functions(
-        self, step: Callable, frames: int, tile: tuple[int, int] | None
+        self, step: Callable, batches: _Batches, tile: tuple[int, int] | None
     ) -> tuple[Callable, Callable]:
         """Returns the function that a call runs, and the one that its backward pass runs."""
         again = eqx.filter_checkpoint(step) if self.gradient_checkpointing else step
-        return self._composed(step, frames, tile), self._composed(again, frames, tile)
+        return self._composed(step, batches, tile), self._composed(again, batches, tile)
 
-    def _composed(self, step: Callable, frames: int, tile: tuple[int, int] | None) -> Callable:
-        fn = framewise(step, frames)
+    def _composed(
+        self, step: Callable, batches: _Batches, tile: tuple[int, int] | None
+    ) -> Callable:
+        size, first = batches
+        fn = framewise(step, size, first=first)
         if self.mesh is not None:
             axes = {name: name for name in _MESH_AXES if name in self.mesh.axis_names}
             fn = sharded(fn, self.mesh, **axes)
