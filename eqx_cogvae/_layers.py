@@ -1,6 +1,7 @@
 """The layers: from an array and what is cached of its past, to an array and the new cache."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -17,7 +18,7 @@ from ._lowering.convolution import (
     pointwise_conv,
     valid_conv,
 )
-from ._types import Key, at_least_float32
+from ._types import Key, at_least_float32, is_traced
 
 PAD_MODES = ("first", "constant", "replicate")
 _SPATIAL_EPS = 1e-6
@@ -35,8 +36,30 @@ class Conv(eqx.Module):
             fan_in *= size
         bound = fan_in**-0.5
         wkey, bkey = jax.random.split(key)
-        self.weight = jax.random.uniform(wkey, (*sizes, i, o), dtype, -bound, bound)
-        self.bias = jax.random.uniform(bkey, (o,), dtype, -bound, bound)
+        self.weight = _uniform(wkey, (*sizes, i, o), bound, dtype)
+        self.bias = _uniform(bkey, (o,), bound, dtype)
+
+
+_DRAWN_AT_ONCE = 2**16
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _draw(key: Key, i: Int[Array, ""] | int, bound: float, dtype) -> Array:
+    return jax.random.uniform(jax.random.fold_in(key, i), (_DRAWN_AT_ONCE,), dtype, -bound, bound)
+
+
+def _uniform(key: Key, shape: tuple[int, ...], bound: float, dtype) -> Array:
+    """Draws numbers between `-bound` and `bound`, in parts of one size.
+
+    The parts share one program: compiling one for each shape takes five times as long as drawing.
+    """
+    count = math.prod(shape)
+    parts = range(-(-count // _DRAWN_AT_ONCE))
+    if is_traced(key):
+        drawn = jax.vmap(lambda i: _draw(key, i, bound, dtype))(jnp.arange(len(parts)))
+        return drawn.ravel()[:count].reshape(shape)
+    drawn = jax.device_get([_draw(key, i, bound, dtype) for i in parts])
+    return jax.device_put(np.concatenate(drawn)[:count].reshape(shape))
 
 
 class CausalConv3d(eqx.Module):

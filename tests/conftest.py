@@ -14,6 +14,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 import eqx_cogvae as cv
 
+pytest_plugins = ["compile_times"]
 ROOT = Path(__file__).resolve().parents[1]
 _MAPS = Path("/proc/self/maps")
 _MANY_MAPS = 25_000
