@@ -44,7 +44,7 @@ _DRAWN_AT_ONCE = 2**16
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _draw(key: Key, i: Int[Array, ""] | int, bound: float, dtype) -> Array:
+def _draw(key: Key, i: Int[Array, ""] | int, bound: Float[Array, ""] | float, dtype) -> Array:
     return jax.random.uniform(jax.random.fold_in(key, i), (_DRAWN_AT_ONCE,), dtype, -bound, bound)
 
 

@@ -225,6 +225,14 @@ IMPORTS = (Path(cv.__file__).parents[1], Path(__file__).parent)
 # Ctrl-C.
 
 
+@pytest.fixture
+def heard():
+    """SIGINT as at a terminal: a shell lets the processes that it starts with `&` ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def counting(x, cache):
     start = 0 if cache is None else cache
     return start + jnp.cumsum(x, axis=1), start + jnp.sum(x, axis=1, keepdims=True)
@@ -243,7 +251,7 @@ def interrupting(calls, at):
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_an_interrupted_stream_is_resumable(at, monkeypatch):
+def test_an_interrupted_stream_is_resumable(at, heard, monkeypatch):
     """Signalled within a step, after which the old cache is gone."""
     x, calls = normal((1, 9, 1, 1, 1)), []
     due = np.asarray(cv.framewise(counting, 2)(x))
@@ -259,7 +267,7 @@ def test_an_interrupted_stream_is_resumable(at, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_interrupt_is_not_held_back(monkeypatch):
+def test_a_second_interrupt_is_not_held_back(heard, monkeypatch):
     def step(*_):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
