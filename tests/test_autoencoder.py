@@ -130,7 +130,8 @@ def small_pair(small_config, tmp_path_factory):
 
 
 def test_gradients_agree(small_pair):
-    assert_gradients_agree(*small_pair, normal((1, 9, 16, 24, 3), 1))
+    vae, model = small_pair
+    assert_gradients_agree(vae, model, normal((1, 9, 16, 24, 3), 1))
 
 
 # Shallow, for compiling a gradient takes long; any activation, any count of frames.

@@ -25,7 +25,7 @@ class Transform(eqx.Module):
     """A function that compiles what it calls by itself, when it is not being traced."""
 
     @abc.abstractmethod
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function that is held, in some other way."""
 
 
