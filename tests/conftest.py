@@ -58,6 +58,18 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session):
+    """Fails where CI skips a test: there only a GPU is missing."""
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if "CI" in os.environ and reporter is not None:
+        skipped = {report.nodeid for report in reporter.stats.get("skipped", ())}
+        if wrong := {name for name in skipped if not name.startswith("tests/test_gpu.py")}:
+            reporter.write_line(f"skipped, which CI does not allow: {', '.join(sorted(wrong))}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    return (yield)
+
+
 @pytest.fixture(autouse=True)
 def _few_programs():
     """Forgets compiled programs before there are too many.

@@ -360,7 +360,8 @@ def test_no_mesh():
 
 
 def test_the_adapter_runs_on_a_mesh(vae):
-    torch = pytest.importorskip("torch")
+    import torch
+
     from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX
 
     latents = torch.randn(1, 3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -378,7 +379,8 @@ def test_the_adapter_runs_on_a_mesh(vae):
 
 def test_the_adapter_tiles_on_a_mesh(vae):
     """Equal tiles, each cut among the devices; what does not divide is heard at once."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX, to_torch
 
     latents = normal((1, 3, 10, 12, 3))
