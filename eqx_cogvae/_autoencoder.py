@@ -13,7 +13,7 @@ from ._checks import check_clip, check_range, memory_advice, warn_of_frames
 from ._config import Config
 from ._frames import LATENT_BATCH, SAMPLE_BATCH
 from ._layers import CausalConv3d, Conv, Downsample, GroupNorm, SpatialNorm, Upsample
-from ._lowering.convolution import pointwise_conv
+from ._meshes import on_automatic_axes
 from ._posterior import DiagonalGaussian
 from ._resnet import ResnetBlock, ResnetCache, normed_conv
 from ._transforms.framewise import framewise
@@ -216,10 +216,14 @@ class VAE(eqx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of parameters, activations and results; inputs are cast to it."""
-        return self.decoder.conv_in.conv.weight.dtype
+        """The dtype of the decoder's parameters and results, or the encoder's without a decoder.
+
+        Each half casts its input to the dtype of its own parameters.
+        """
+        return _dtype(self.encoder if self.decoder is None else self.decoder)
 
     @eqx.filter_jit
+    @on_automatic_axes
     def encode_step(
         self, frames: Float[Array, "b t h w c"], cache: EncoderCache | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], EncoderCache]:
@@ -232,12 +236,11 @@ class VAE(eqx.Module):
         """
         cell = self.config.spatial_compression
         check_clip(frames, "video", self.config.in_channels, smallest=cell)
-        x, cache = self.encoder(frames.astype(self.dtype), cache)
-        if self.quant_conv is not None:
-            x = pointwise_conv(x, self.quant_conv.weight, self.quant_conv.bias)
-        return x, cache
+        x, cache = self.encoder(frames.astype(_dtype(self.encoder)), cache)
+        return (x if self.quant_conv is None else self.quant_conv(x)), cache
 
     @eqx.filter_jit
+    @on_automatic_axes
     def decode_step(
         self, latents: Float[Array, "b t h w z"], cache: DecoderCache | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], DecoderCache]:
@@ -246,9 +249,8 @@ class VAE(eqx.Module):
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
         check_clip(latents, "latents", self.config.latent_channels, smallest=1)
-        z = latents.astype(self.dtype)
-        if self.post_quant_conv is not None:
-            z = pointwise_conv(z, self.post_quant_conv.weight, self.post_quant_conv.bias)
+        z = latents.astype(_dtype(self.decoder))
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
         return self.decoder(z, cache)
 
     def encode(self, video: Float[AnyArray, "b t h w c"]) -> DiagonalGaussian:
@@ -314,6 +316,14 @@ class VAE(eqx.Module):
         mean = jnp.zeros(shape) if config.latents_mean is None else jnp.array(config.latents_mean)
         std = jnp.ones(shape) if config.latents_std is None else jnp.array(config.latents_std)
         return mean.reshape(shape) + (config.shift_factor or 0.0), std.reshape(shape)
+
+
+def _dtype(half: Encoder | Decoder | None) -> jnp.dtype:
+    """Returns the dtype of a half's first floating parameter."""
+    if half is None:
+        raise ValueError("this half of the model was removed: load it again to use it.")
+    dtypes = (leaf.dtype for leaf in jax.tree.leaves(half) if hasattr(leaf, "dtype"))
+    return next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
 
 
 def _chain(

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,9 +10,12 @@ import numpy as np
 from jax import named_scope
 from jaxtyping import Array, Float, Int
 
-from ._lowering.convolution import (
+from ._lowering import (
+    Affine,
+    Geometry,
+    Taps,
     causal_conv,
-    doubling_conv,
+    frame_by_frame,
     frame_conv,
     pointwise_conv,
     valid_conv,
@@ -22,10 +24,14 @@ from ._types import Key, at_least_float32, is_traced
 
 PAD_MODES = ("first", "constant", "replicate")
 _SPATIAL_EPS = 1e-6
+_DRAWN_AT_ONCE = 2**16
 
 
 class Conv(eqx.Module):
-    """A convolution's kernel, `(*sizes, in, out)`, and bias, `(out,)`; torch's initialisation."""
+    """A convolution's kernel, `(*sizes, in, out)`, and bias, `(out,)`.
+
+    Initialised as torch initialises its own. Called, it is a pointwise convolution.
+    """
 
     weight: Float[Array, "*sizes i o"]
     bias: Float[Array, " o"]
@@ -39,8 +45,13 @@ class Conv(eqx.Module):
         self.weight = _uniform(wkey, (*sizes, i, o), bound, dtype)
         self.bias = _uniform(bkey, (o,), bound, dtype)
 
+    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
+        """Multiplies the channels of each pixel by a kernel of size 1x1x1."""
+        return pointwise_conv(x, self.weight, self.bias)
 
-_DRAWN_AT_ONCE = 2**16
+    def taps(self) -> Taps:
+        """Returns the kernel and the bias."""
+        return Taps(self.weight, self.bias)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -96,96 +107,12 @@ class CausalConv3d(eqx.Module):
             return causal_conv(x, kernel, bias, cache)
         kt, kh, kw = kernel.shape[:3]
         pads = [(0, 0), (kt - 1, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)]
-        return valid_conv(jnp.pad(x, pads, mode="edge"), kernel, bias, ((0, 0), (0, 0))), None
+        unpadded = Geometry(pads=((0, 0), (0, 0)))
+        return valid_conv(jnp.pad(x, pads, mode="edge"), kernel, bias, unpadded), None
 
-
-class Affine(NamedTuple):
-    """What a norm does to a pixel, once the moments are known.
-
-    `scale` and `shift` are read off at latent resolution, by nearest neighbour.
-    """
-
-    mean: Float[Array, "b _t 1 1 c"]
-    gain: Float[Array, "b _t 1 1 c"]
-    bias: Float[Array, "1 1 1 1 c"]
-    scale: Float[Array, "b t2 h2 w2 c"] | None = None
-    shift: Float[Array, "b t2 h2 w2 c"] | None = None
-
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        """The result in at least float32, not yet rounded to the dtype of `x`."""
-        # A user's own norm may have moments for each frame.
-        return _applied(self, x) if self.mean.shape[1] == 1 else _apply(self, x)
-
-    def of_frame(
-        self, x: Float[Array, "b 1 h w c"], i: Int[Array, ""], frames: int
-    ) -> Float[Array, "b 1 h w c"]:
-        """The result for frame `i` of so many."""
-        mean, gain = (m if m.shape[1] == 1 else frame(m, i) for m in (self.mean, self.gain))
-        own = Affine(mean, gain, self.bias)
-        if self.scale is None or self.shift is None:
-            return own(x)
-        source = _nearest_frame(i, frames, self.scale.shape[1])
-        return _scaled(own(x), frame(self.scale, source), frame(self.shift, source))
-
-    def of_height(self, height: int) -> "Affine":
-        """The same, with a row of `scale` and `shift` for each of so many rows of pixels."""
-        if self.scale is None or self.shift is None:
-            return self
-        scale, shift = (_repeat(s, height, axis=2) for s in (self.scale, self.shift))
-        return self._replace(scale=scale, shift=shift)
-
-    def of_rows(self, x: Float[Array, "b t h w c"], start: Int[Array, ""]) -> Array:
-        """The result for some rows, from `start` on, by a norm `of_height`."""
-        y = self._replace(scale=None, shift=None)(x)
-        if self.scale is None or self.shift is None:
-            return y
-        return _scaled(y, *(rows(s, start, x.shape[2]) for s in (self.scale, self.shift)))
-
-
-def _scaled(y: Array, scale: Array, shift: Array) -> Array:
-    """Scales and shifts every pixel by its nearest neighbours in `scale` and `shift`."""
-    scale, shift = (_repeat_frames(s.astype(y.dtype), y.shape[1]) for s in (scale, shift))
-    (h, w), (h2, w2) = y.shape[2:4], scale.shape[2:4]
-    if h % h2 or w % w2:
-        scale, shift = (_repeat(_repeat(s, h, axis=2), w, axis=3) for s in (scale, shift))
-        return y * scale + shift
-    # Broadcast, a cell of pixels to each number: enlarged arrays would be there in full.
-    cells = y.reshape(*y.shape[:2], h2, h // h2, w2, w // w2, -1)
-    scale, shift = (s[:, :, :, None, :, None] for s in (scale, shift))
-    return (cells * scale + shift).reshape(y.shape)
-
-
-def _apply(affine: Affine, x: Array) -> Array:
-    y = (at_least_float32(x) - affine.mean) * affine.gain + affine.bias
-    if affine.scale is None or affine.shift is None:
-        return y
-    scale, shift = (_nearest(s, x.shape[1:4]) for s in (affine.scale, affine.shift))
-    return y * scale.astype(y.dtype) + shift.astype(y.dtype)
-
-
-def _pull_back(saved: tuple[Affine, Array], cotangent: Array) -> tuple[Affine, Array]:
-    # Two sums give every derivative but the one by x; JAX's own would sum once per broadcast.
-    affine, x = saved
-    mean, gain, bias, scale, _ = affine
-    centred = at_least_float32(x) - mean
-    if scale is None:
-        by_pixel, of_ones, of_centred = cotangent, cotangent, cotangent * centred
-    else:
-        by_pixel = cotangent * _nearest(scale, x.shape[1:4]).astype(cotangent.dtype)
-        of_ones, of_centred = (
-            _sum_of_copies(y, scale.shape) for y in (cotangent, cotangent * centred)
-        )
-        by_scale, by_shift = of_centred * gain + of_ones * bias, of_ones
-        scales = (by_scale.astype(scale.dtype), by_shift.astype(scale.dtype))
-        of_ones, of_centred = (s * scale.astype(s.dtype) for s in (of_ones, of_centred))
-    total, by_gain = _sum_of_pixels(of_ones), _sum_of_pixels(of_centred)
-    moments = (-total * gain, by_gain, jnp.sum(total, axis=0, keepdims=True))
-    by_x = (by_pixel * gain).astype(x.dtype)
-    return Affine(*moments) if scale is None else Affine(*moments, *scales), by_x
-
-
-_applied = jax.custom_vjp(_apply)
-_applied.defvjp(lambda affine, x: (_apply(affine, x), (affine, x)), _pull_back)
+    def taps(self) -> Taps | None:
+        """Returns the kernel and the bias, or None if space is padded by replication."""
+        return None if self.pad_mode == "replicate" else self.conv.taps()
 
 
 class GroupNorm(eqx.Module):
@@ -207,11 +134,11 @@ class GroupNorm(eqx.Module):
 
     @named_scope("eqx_cogvae.GroupNorm")
     def affine(self, x: Float[Array, "b t h w c"]) -> Affine:
-        """What the moments of `x` make of the norm."""
+        """Computes the affine map that normalises `x`."""
         mean, variance = _moments(at_least_float32(x), self.groups)
         weight, bias = self.weight.astype(mean.dtype), self.bias.astype(mean.dtype)
-        gain = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
-        return Affine(mean, gain, _channels(bias))
+        scale = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
+        return Affine(mean, scale, _channels(bias))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -265,9 +192,10 @@ class SpatialNorm(eqx.Module):
 
     @named_scope("eqx_cogvae.SpatialNorm")
     def affine(self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]) -> Affine:
-        """What the moments of `x`, and the latents, make of the norm."""
-        scale, shift = self.conv_y(latents)[0], self.conv_b(latents)[0]
-        return self.norm_layer.affine(x)._replace(scale=scale, shift=shift)
+        """Computes the affine map that normalises `x`, at the resolution of the latents."""
+        mean, gain, bias = self.norm_layer.affine(x)
+        scale, shift = (at_least_float32(f(latents)[0]) for f in (self.conv_y, self.conv_b))
+        return Affine(mean, gain * scale, bias * scale + shift)
 
 
 class Downsample(eqx.Module):
@@ -289,8 +217,8 @@ class Downsample(eqx.Module):
             first, rest = _split_first(x)
             pairs = at_least_float32(rest).reshape(x.shape[0], -1, 2, *x.shape[2:])
             x = jnp.concatenate([first, jnp.mean(pairs, axis=2).astype(x.dtype)], axis=1)
-        far = ((0, 1), (0, 1))
-        return frame_conv(x, self.conv.weight, self.conv.bias, stride=2, pads=far)
+        geometry = Geometry(stride=2, pads=((0, 1), (0, 1)))
+        return frame_by_frame(lambda x: frame_conv(x, *self.conv.taps(), geometry), x)
 
 
 class Upsample(eqx.Module):
@@ -309,7 +237,8 @@ class Upsample(eqx.Module):
     @named_scope("eqx_cogvae.Upsample")
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 2*h 2*w c"]:
         # The convolution sees one frame at a time, so the copies are made after it.
-        x = doubling_conv(x, self.conv.weight, self.conv.bias)
+        geometry = Geometry(doubles=True)
+        x = frame_by_frame(lambda x: frame_conv(x, *self.conv.taps(), geometry), x)
         if not self.compress_time:
             return x
         first, rest = _split_first(x)
@@ -321,66 +250,8 @@ def _split_first(x: Array) -> tuple[Array, Array]:
     return x[:, :odd], x[:, odd:]
 
 
-def frame(x: Float[Array, "b t *rest"], i: Int[Array, ""]) -> Float[Array, "b 1 *rest"]:
-    """Frame `i`, which may be known at run time only."""
-    return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
-
-
-def rows(x: Float[Array, "b t h *rest"], start: Int[Array, ""], count: int) -> Array:
-    """So many rows from `start` on, which may be known at run time only."""
-    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)
-
-
 def _channels(c: Array) -> Array:
     return c[None, None, None, None]
-
-
-def _nearest(x: Array, size: tuple[int, ...]) -> Array:
-    """Resizes `(b, t, h, w, c)` to `size` of time, height and width.
-
-    An odd number of frames above one takes its first from the first and the rest from the rest.
-    """
-    frames, height, width = size
-    return _repeat_frames(_repeat(_repeat(x, height, axis=2), width, axis=3), frames)
-
-
-def _repeat_frames(x: Array, frames: int) -> Array:
-    if frames > 1 and frames % 2 == 1:
-        return jnp.concatenate([x[:, :1], _repeat(x[:, 1:], frames - 1, axis=1)], axis=1)
-    return _repeat(x, frames, axis=1)
-
-
-def _sum_of_copies(x: Array, shape: tuple[int, ...]) -> Array:
-    """The transpose of `_nearest`: to `shape`, the sum of all that were copied from one."""
-    (b, t, h, w, c), (_, sources, h2, w2, _) = x.shape, shape
-    odd = int(t > 1 and t % 2 == 1)
-    if h % h2 or w % w2 or (t - odd) % (sources - odd):
-        back = jax.linear_transpose(
-            lambda s: _nearest(s, (t, h, w)), jax.ShapeDtypeStruct(shape, x.dtype)
-        )
-        return back(x)[0]
-    x = jnp.sum(x.reshape(b, t, h2, h // h2, w2, w // w2, c), axis=(3, 5))
-    rest = jnp.sum(x[:, odd:].reshape(b, sources - odd, -1, *x.shape[2:]), axis=2)
-    return jnp.concatenate([x[:, :odd], rest], axis=1)
-
-
-def _sum_of_pixels(x: Array) -> Array:
-    """For each channel; row by row, as for the moments."""
-    return jnp.sum(jnp.sum(x, axis=3, keepdims=True), axis=(1, 2), keepdims=True)
-
-
-def _nearest_frame(i: Array, frames: int, sources: int) -> Array:
-    """The frame of so many sources that `_nearest` takes for frame `i` of so many frames."""
-    if frames > 1 and frames % 2 == 1:
-        return jnp.where(i == 0, 0, 1 + (i - 1) * (sources - 1) // (frames - 1))
-    return i * sources // frames
-
-
-def _repeat(x: Array, size: int, axis: int) -> Array:
-    times, rest = divmod(size, x.shape[axis])
-    if not rest:
-        return x if times == 1 else jnp.repeat(x, times, axis)
-    return jnp.take(x, jnp.arange(size) * x.shape[axis] // size, axis)
 
 
 __all__ = [
@@ -391,6 +262,4 @@ __all__ = [
     "GroupNorm",
     "SpatialNorm",
     "Upsample",
-    "frame",
-    "rows",
 ]

@@ -1,17 +1,21 @@
-"""What counts as a clip, and its frames as pixels."""
+"""Shape checks of clips, and conversions between values in [-1, 1] and pixels in 0 to 255."""
 
-from typing import Any
+from typing import Any, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 # Above what any normalised clip reaches, noise included, and far below pixel values up to 255.
 LARGEST_SAMPLE = 16.0
 
 
 def one_clip(video: Any) -> Shaped[np.ndarray, "t h w 3"]:
-    """The frames of (1, t, h, w, 3) or (t, h, w, 3); `ValueError` for another shape."""
+    """Returns the frames of (1, t, h, w, 3) or (t, h, w, 3).
+
+    **Raises:** `ValueError` for another shape.
+    """
     shape = video.shape
     if len(shape) == 5 and shape[0] == 1:
         video = video[0]
@@ -26,8 +30,31 @@ def one_clip(video: Any) -> Shaped[np.ndarray, "t h w 3"]:
     return np.asarray(video)
 
 
+@overload
+def from_pixels(pixels: UInt8[np.ndarray, "..."]) -> Float[np.ndarray, "..."]: ...
+@overload
+def from_pixels(pixels: UInt8[Array, "..."]) -> Float[Array, "..."]: ...
+def from_pixels(pixels: Any) -> Any:
+    """Converts pixels to float32 in [-1, 1]; arrays of NumPy stay NumPy's, those of JAX JAX's."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+@overload
+def quantised(values: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]: ...
+@overload
+def quantised(values: Float[Array, "..."]) -> UInt8[Array, "..."]: ...
+def quantised(values: Any) -> Any:
+    """Rounds float32 values in [-1, 1] to pixels; values beyond are clipped."""
+    module = jnp if isinstance(values, jax.Array) else np
+    return module.rint((module.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
 def to_pixels(frame: Shaped[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """To uint8, clipped to [-1, 1]; `ValueError` for another dtype, NaN, or pixel values."""
+    """Converts a frame to pixels, clipped to [-1, 1]; pixels pass unchanged.
+
+    **Raises:** `ValueError` for a dtype that is neither floating nor uint8, for NaN, and for
+    floating values that look like pixels.
+    """
     if frame.dtype == np.uint8:
         return np.ascontiguousarray(frame)
     if not jnp.issubdtype(frame.dtype, jnp.floating):
@@ -40,7 +67,7 @@ def to_pixels(frame: Shaped[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
         raise ValueError(
             f"video must lie in [-1, 1], got values up to {largest:g}: scale by `x / 127.5 - 1`."
         )
-    return np.rint((np.clip(frame, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
+    return quantised(frame)
 
 
-__all__ = ["LARGEST_SAMPLE", "one_clip", "to_pixels"]
+__all__ = ["LARGEST_SAMPLE", "from_pixels", "one_clip", "quantised", "to_pixels"]

@@ -283,7 +283,7 @@ def _compiled(
     batch = jax.ShapeDtypeStruct((x.shape[0], frames, *x.shape[2:]), x.dtype, sharding=x.sharding)
     step = lambda weights, batch, cache: eqx.combine(weights, static)(batch, cache)  # noqa: E731
     traced = jax.jit(step, donate_argnums=2).trace(weights, batch, cache)
-    flop, lowered = flops(traced.jaxpr, direction.device.platform), traced.lower()
+    flop, lowered = flops(traced.jaxpr), traced.lower()
     result, cache = jax.tree.map(lambda s: _on(s, direction.device), lowered.out_info)
     size = math.prod(result.shape) * result.dtype.itemsize
     try:

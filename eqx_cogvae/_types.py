@@ -1,6 +1,6 @@
 """Type aliases, and small questions asked of arrays."""
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.core
@@ -10,6 +10,14 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 Cache: TypeAlias = Any
 """The last frames each causal convolution saw: a PyTree of arrays, or None at a clip's start."""
+
+
+class ResnetCache(NamedTuple):
+    """The last frames that the two causal convolutions of a resnet block saw."""
+
+    conv1: Any = None
+    conv2: Any = None
+
 
 Key: TypeAlias = PRNGKeyArray
 
@@ -27,4 +35,4 @@ def is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-__all__ = ["AnyArray", "Cache", "Key", "at_least_float32", "is_traced"]
+__all__ = ["AnyArray", "Cache", "Key", "ResnetCache", "at_least_float32", "is_traced"]

@@ -15,7 +15,8 @@ from reference import distance, normal
 
 import eqx_cogvae as cv
 from eqx_cogvae import _layers, training
-from eqx_cogvae._lowering import convolution as _convolution, winograd as _winograd
+from eqx_cogvae._lowering import choose
+from eqx_cogvae._lowering.choose import Thresholds
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
@@ -100,11 +101,18 @@ def test_steps_are_exact_and_gather_nothing(what, name, vae):
     check(program, on_mesh, step(steady, past))
 
 
-def test_wide_convolutions_gather_nothing(monkeypatch):
+# Sizes at which every convolution has fewer multiplications, and every array is chunked.
+WINOGRAD = Thresholds(winograd_min_channels=1, winograd_min_pixels=0, winograd_min_work=0)
+CHUNKED = Thresholds(chunk_elements=1, huge_frame_pixels=1)
+
+
+def test_wide_convolutions_gather_nothing():
     """Which on one device line up the pixels of rows and columns."""
-    monkeypatch.setattr(_convolution, "WIDE", 1)
-    monkeypatch.setattr(_convolution, "LONG", 0)
-    monkeypatch.setattr(_convolution, "MANY", 0)
+    with choose.thresholds(WINOGRAD):
+        check_wide_convolutions()
+
+
+def check_wide_convolutions():
     conv = _layers.CausalConv3d(8, 8, key=jax.random.key(0))
     x, mesh = normal((2, 3, 16, 12, 8)), mesh_of(MESHES["2x2"])
     cut = cv.sharded(lambda x: conv(x)[0], mesh, **AXES)
@@ -122,28 +130,27 @@ def test_wide_convolutions_gather_nothing(monkeypatch):
         check(gradient(fn).lower(on_mesh).compile(), (on_mesh,), due)
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_within_shard_map(large, monkeypatch):
+@pytest.mark.parametrize("limits", [Thresholds(), WINOGRAD, CHUNKED], ids=["", "wide", "large"])
+def test_within_shard_map(limits):
     """Where arrays differ from device to device by their type."""
-    if large:
-        monkeypatch.setattr(_convolution, "LARGE", 0)
-    monkeypatch.setattr(_convolution, "WIDE", 1)
-    monkeypatch.setattr(_convolution, "LONG", 0)
-    monkeypatch.setattr(_convolution, "MANY", 0)
-    monkeypatch.setattr(_winograd, "BAND", 1000)
     decoder = cv.VAE(CONFIG, key=jax.random.key(0)).decoder
-    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
-    # Large: as high, and of as many frames, as TPUs work on in bands.
-    spec, z = PartitionSpec("batch"), clip("decode", *((2, 8, 6), 2) if large else ((2, 4, 6), 3))
-    options = {"mesh": mesh, "in_specs": spec, "out_specs": spec}
-    plain = lambda z: decoder(z)[0]  # noqa: E731
-    assert distance(jax.jit(jax.shard_map(plain, **options))(z), plain(z)) < 1e-5
-    # The derivatives' own rules give weights on all devices a part of each: it is the caller's to
-    # add them up, and shard_map's check is for rules that do.
-    run = jax.shard_map(plain, check_vma=False, **options)
-    loss = lambda fn: lambda z: jnp.sum(jnp.square(fn(z)))  # noqa: E731
-    got, due = (jax.jit(jax.grad(loss(fn)))(z) for fn in (run, plain))
-    assert distance(got, due) < 1e-5
+    mesh, spec = Mesh(np.array(jax.devices()[:2]), ("batch",)), PartitionSpec("batch")
+    z = clip("decode", (2, 8, 6), 3)
+    plain = lambda decoder, z: jnp.sum(jnp.square(decoder(z)[0]), axis=(1, 2, 3, 4))  # noqa: E731
+    options = {"mesh": mesh, "in_specs": (PartitionSpec(), spec), "out_specs": spec}
+    arrays, static = eqx.partition(decoder, eqx.is_array)
+    run = jax.shard_map(lambda arrays, z: plain(eqx.combine(arrays, static), z), **options)
+
+    def gradients(fn):
+        loss = lambda arrays, z: jnp.sum(fn(arrays, z))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(arrays, z)
+
+    due = gradients(lambda arrays, z: plain(eqx.combine(arrays, static), z))
+    with choose.thresholds(limits):
+        got = gradients(run)
+    # Weights are on all devices; the gradients of each device are added up.
+    for each, expected in zip(*map(jax.tree.leaves, (got, due)), strict=True):
+        assert distance(each, expected) < 1e-5
 
 
 def test_a_gather_would_be_seen():
@@ -218,28 +225,16 @@ def test_gradients_of_a_norm_gather_nothing():
     check(gradients(cut).lower(on_mesh).compile(), (on_mesh,), due)
 
 
-@pytest.mark.parametrize(
-    ("platform", "large"), [("default", False), ("default", True), ("gpu", True)]
-)
-def test_other_platforms_lowering(platform, large, vae, monkeypatch):
+@pytest.mark.parametrize(("platform", "large"), [("tpu", False), ("tpu", True), ("gpu", True)])
+def test_other_platforms_lowering(platform, large, vae):
     """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one.
 
     Not bands of rows, nor products of matrices, for which XLA would gather.
     """
-
-    def chosen(cpu, default, *args, rounded=None, **_):
-        return (rounded or default)(*args) if platform == "gpu" else default(*args)
-
-    monkeypatch.setattr(_convolution, "_per_platform", chosen)
-    if large:
-        monkeypatch.setattr(_convolution, "LARGE", 0)
-        monkeypatch.setattr(_convolution, "HUGE", 0)
     mesh, latents = mesh_of((2, 2, 2)), clip("decode", (2, 4, 6), 3)
-    jax.clear_caches()  # of what was traced for another platform
     cut = cv.sharded(vae.decoder, mesh, **AXES)
-    program = eqx.filter_jit(cut).lower(cut._placed(latents)).compile()
-    monkeypatch.undo()
-    jax.clear_caches()
+    with choose.thresholds(CHUNKED if large else Thresholds()), choose.as_if_on(platform):
+        program = eqx.filter_jit(cut).lower(cut._placed(latents)).compile()
     check(program, (cut._placed(latents),), vae.decode_step(latents))
 
 

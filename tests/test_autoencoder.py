@@ -20,8 +20,8 @@ from reference import (
 )
 
 import eqx_cogvae as cv
-from eqx_cogvae import _resnet
-from eqx_cogvae._lowering import convolution as _convolution
+from eqx_cogvae._lowering import choose
+from eqx_cogvae._lowering.choose import Thresholds
 
 # diffusers differs from itself by up to 3e-6 from one memory format to another.
 EQUAL = 1e-5
@@ -276,14 +276,13 @@ def test_the_step_takes_and_gives_the_cache(small_pair):
     np.testing.assert_array_equal(second, vae.decode_step(latents[:, 2:], cache)[0])
 
 
-@pytest.mark.parametrize("how", ["frames", "bands", "products"])
-def test_what_large_videos_and_tpus_take(how, small_pair, monkeypatch):
-    """Frames one by one or in bands of rows; small arrays by products: the same, gradients too."""
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("split", [False, True])
+def test_large_videos_in_chunks(platform, split, small_pair):
+    """In bands of rows, or frame by frame where devices hold rows: the same, gradients too."""
     vae, _ = small_pair
-    # Steady batches pass in bands, first ones never.
-    (t, side), (t2, side2) = ((9, 16), (3, 4)) if how == "frames" else ((8, 32), (2, 8))
-    video = normal((1, t, side, side, 3))
-    latents = normal((1, t2, side2, side2, vae.config.latent_channels), 1)
+    video = normal((1, 9, 32, 32, 3))
+    latents = normal((1, 3, 8, 8, vae.config.latent_channels), 1)
 
     def results():
         loss = lambda vae, z: jnp.sum(jnp.square(vae.decoder(z)[0]))  # noqa: E731
@@ -291,27 +290,14 @@ def test_what_large_videos_and_tpus_take(how, small_pair, monkeypatch):
         encoded = eqx.filter_jit(lambda vae, x: vae.encoder(x))(vae, video)
         return decoded, encoded, eqx.filter_jit(eqx.filter_grad(loss))(vae, latents).decoder
 
-    due, banded = results(), []
-
-    def on_tpu(*args, default, **_):
-        return default(*args)
-
-    def loop(*args):
-        banded.append(args)
-        return loop_over_bands(*args)
-
-    if how == "products":
-        monkeypatch.setattr(_convolution, "_LANES", 1)
-    else:
-        monkeypatch.setattr(_convolution, "LARGE", 0)
-        monkeypatch.setattr(_convolution, "HUGE", 0)
-    if how != "frames":
-        monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
-    loop_over_bands = _resnet._loop_over_bands
-    monkeypatch.setattr(_resnet, "_loop_over_bands", loop)
-    for got, expected in zip(*map(jax.tree.leaves, (results(), due)), strict=True):
-        assert distance(got, expected) < 1e-5
-    assert bool(banded) == (how == "bands")
+    due = results()
+    limits = Thresholds(chunk_elements=1, huge_frame_pixels=1, product_min_channels=1)
+    hints = choose.Hints(split, limits, platform)
+    with choose.under(hints):
+        assert "while" in eqx.filter_jit(lambda z: vae.decoder(z)).lower(latents).as_text()
+        got = results()
+    for each, expected in zip(*map(jax.tree.leaves, (got, due)), strict=True):
+        assert distance(each, expected) < 1e-5
 
 
 def test_reconstruction(small_pair):

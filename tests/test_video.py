@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import eqx_cogvae as cv
 from eqx_cogvae import video
+from eqx_cogvae._cli import main as cli
+from eqx_cogvae._pixels import from_pixels, quantised
 from eqx_cogvae.video import _read
 
 
@@ -58,6 +61,19 @@ def test_write_takes_dtypes(dtype, tmp_path):
     video.write(tmp_path / "a.mkv", given)
     pixels = (video.read(tmp_path / "a.mkv") + 1) * 127.5
     np.testing.assert_allclose(pixels, 64, atol=1.5)
+
+
+@pytest.mark.parametrize("module", [np, jnp])
+def test_pixels_are_converted_in_one_place(module):
+    """All 256 levels, there and back, in NumPy and in JAX."""
+    levels = module.arange(256, dtype=module.uint8)
+    values = from_pixels(levels)
+    assert isinstance(values, module.ndarray) and values.dtype == np.float32
+    np.testing.assert_allclose(values, np.arange(256) / 127.5 - 1, atol=1e-7)
+    back = quantised(values)
+    assert isinstance(back, module.ndarray) and back.dtype == np.uint8
+    np.testing.assert_array_equal(back, levels)
+    np.testing.assert_array_equal(quantised(3 * values[::255]), [0, 255])
 
 
 def test_colours_survive(tmp_path):
@@ -125,14 +141,6 @@ def test_resize_is_antialiased(tmp_path):
     assert np.abs(inner).max() < 0.02
 
 
-def test_rotation_is_applied(monkeypatch, file):
-    upright = video.read(file, frames=1)
-    monkeypatch.setattr(_read, "_turns", lambda frame: 1)
-    turned = video.read(file, frames=1)
-    np.testing.assert_array_equal(turned[0, 0], np.rot90(upright[0, 0]))
-    assert (video.info(file).height, video.info(file).width) == (64, 48)
-
-
 def truncated(path, file):
     """The index first, then half of the data."""
     moved = path.with_name("moved.mp4")
@@ -193,16 +201,30 @@ def test_cut_between_frames_is_truncation(file, tmp_path):
         video.read(path)
 
 
-def test_audio_alone_is_no_video(tmp_path):
-    path = tmp_path / "a.mkv"
+@pytest.mark.parametrize("cover", [False, True])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "aac"), ("a.mp3", "libmp3lame"), ("a.flac", "flac")]
+)
+def test_audio_is_no_video(name, codec, cover, tmp_path):
+    """A cover picture, in the same file, is none either."""
+    path = tmp_path / name
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    with pytest.raises(ValueError, match="has no video stream"):
-        video.read(path)
+        audio = container.add_stream(codec, rate=44100)
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width = picture.height = 32
+            picture.pix_fmt = "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            black = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")
+            container.mux([*picture.encode(black), *picture.encode()])
+        silence = np.zeros((2, 44100), np.float32 if codec != "flac" else np.int16)
+        sample = "fltp" if codec != "flac" else "s16p"
+        frame = av.AudioFrame.from_ndarray(silence, layout="stereo", format=sample)
+        frame.sample_rate = 44100
+        container.mux([*audio.encode(frame), *audio.encode()])
+    for read in (video.read, video.info, lambda p: list(video.pictures(p))):
+        with pytest.raises(ValueError, match=rf"{name} has no video stream"):
+            read(path)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +250,35 @@ def test_video_without_frames(suffix, match, tmp_path):
         ({"frames": 0}, "`frames` must be at least 1, got 0"),
         ({"size": (0, 8)}, r"`size` must be \(height, width\)"),
         ({"fps": 0}, "`fps` must be a positive number, got 0"),
+        ({"corrupt": "drop"}, "`corrupt` must be 'raise', 'skip' or 'keep', got 'drop'"),
+        ({"fps": 16, "frames": 35}, "holds 34 frames, asked for frames 0 to 34"),
+        ({"fps": 4, "start": 9}, "holds 9 frames, asked for frame 9 and later"),
     ],
 )
-def test_bad_ranges(file, options, match):
-    with pytest.raises(ValueError, match=match):
-        video.read(file, **options)
+def test_bad_ranges(file, options, match, unchecked, monkeypatch):
+    """Told at once: nothing is decoded, and `frames` does not wait for the first piece."""
+    monkeypatch.setattr(_read, "decoded", None)
+    for read in (video.read, video.frames):
+        with pytest.raises(ValueError, match=match):
+            read(file, **options)
+
+
+@pytest.mark.parametrize("fps", [None, 5, 8, 24])
+def test_the_last_frames_are_no_frames_too_many(fps, file):
+    there = video.read(file, fps=fps).shape[1]
+    assert video.read(file, fps=fps, frames=there).shape[1] == there
+    assert video.read(file, fps=fps, start=there - 1).shape[1] == 1
+
+
+def test_the_command_line_tells_of_too_many_frames_at_once(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cv, "from_pretrained", None)
+    for command in ("encode", "reconstruct"):
+        output = tmp_path / ("z.safetensors" if command == "encode" else "a.mp4")
+        for rate in ([], ["--fps", "16"]):
+            assert cli.main([command, str(file), str(output), "--frames", "100", *rate]) == 2
+            holds = "34" if rate else "17"
+            assert f"clip.mp4 holds {holds} frames, asked for" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.*"))
 
 
 @pytest.mark.parametrize(

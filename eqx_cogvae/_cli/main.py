@@ -231,7 +231,9 @@ def _write(output: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
 
 def _model(options: argparse.Namespace, source: Path | None = None) -> cv.VAE:
     if source is not None:
-        video.info(source)  # what is wrong with it is known sooner than a model is loaded
+        # What is wrong with a video is known sooner than a model is loaded.
+        video.info(source)
+        video.frames(source, start=options.start, frames=options.frames, fps=options.fps)
     dtype = None if options.dtype is None else jnp.dtype(options.dtype)
     return cv.from_pretrained(options.model, dtype=dtype)
 

@@ -1,1 +1,23 @@
-"""How each operation of the model runs on each platform."""
+"""How each operation of the model runs on each platform, and large arrays in little memory.
+
+- `conv`: convolutions as JAX primitives; `frames`, `tpu`, `cpu`, `winograd`: their lowerings.
+- `choose`: which lowering, and which chunks, for which sizes.
+- `affine`: the map that a norm applies.
+- `chunked`, `blocks`: a norm, an activation and a convolution on one part of a large array after
+  another.
+"""
+
+from .affine import Affine as Affine
+from .blocks import (
+    normed_conv as normed_conv,
+    residual_block as residual_block,
+    scheduled as scheduled,
+)
+from .choose import Geometry as Geometry
+from .chunked import Taps as Taps, frame_by_frame as frame_by_frame
+from .conv import (
+    causal_conv as causal_conv,
+    frame_conv as frame_conv,
+    pointwise_conv as pointwise_conv,
+    valid_conv as valid_conv,
+)

@@ -1,11 +1,10 @@
 """Convolutions as XLA's CPU backend is fast at them, and their gradients.
 
-It has a fast convolution in 2D only, and a slow gradient by the kernel. Other platforms use
-`conv2d` as well.
+It has a fast convolution in 2D only, and makes of the gradient by the kernel a convolution whose
+window is the frame, at a tenth of the speed of the products here.
 """
 
 import functools
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,95 +12,110 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
-"""Zeros before and behind, of height and of width."""
+from .choose import Geometry, Spec
+from .frames import conv2d
 
 
-def conv2d(
-    x: Float[Array, "b t h w i"], kernel: Float[Array, "kh kw i o"], stride: int, pads: Pads
-) -> Float[Array, "b t h2 w2 o"]:
-    """A 2D convolution of every frame."""
-    b, t, *_ = x.shape
-    # Padded by hand: with padding of its own the gradient by the frames leaves the fast path of
-    # XLA's CPU backend for some shapes, and takes thirty times as long.
-    y = lax.conv_general_dilated(
-        _padded_frames(x, pads),
-        kernel,
-        (stride, stride),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+def taps(x: Array, kernel: Array, spec: Spec) -> Array:
+    """Adds up one 2D convolution of all frames for each tap in time."""
+    count, geometry = x.shape[1] - kernel.shape[0] + 1, spec.geometry
+    parts = (
+        conv2d(x[:, i : i + count], tap, geometry.stride, geometry.pads)
+        for i, tap in enumerate(kernel)
     )
-    return y.reshape(b, t, *y.shape[1:])
-
-
-def _padded_frames(x: Array, pads: Pads) -> Array:
-    return jnp.pad(x.reshape(-1, *x.shape[2:]), [(0, 0), *pads, (0, 0)])
-
-
-def _taps(
-    x: Float[Array, "b t h w i"], kernel: Float[Array, "kt kh kw i o"], stride: int, pads: Pads
-) -> Float[Array, "b t-kt+1 h2 w2 o"]:
-    """A 3D convolution, valid in time, as a sum of one in 2D for each tap."""
-    frames = x.shape[1] - kernel.shape[0] + 1
-    parts = (conv2d(x[:, i : i + frames], tap, stride, pads) for i, tap in enumerate(kernel))
     return functools.reduce(jnp.add, parts)
 
 
-def _forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, Any]:
-    return _taps(x, kernel, stride, pads), (x, kernel)
-
-
-def _backward(stride: int, pads: Pads, saved: Any, cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    (by_x,) = jax.vjp(lambda x: _taps(x, kernel, stride, pads), x)[1](cotangent)
-    padded = jnp.pad(x, [(0, 0), (0, 0), *pads, (0, 0)])
-    if stride > 1:
-        padded = _phases(padded, stride)
-    taps, *spatial, i, o = kernel.shape
-    rows, columns = sizes = tuple(-(-size // stride) for size in spatial)
-    by_phase = _kernel_gradient(padded, cotangent, sizes)
-    # A strided kernel is a smaller one over the phases of the frame: (rows, columns, phases, o).
-    split = by_phase.reshape(taps, *sizes, stride, stride, i, o).swapaxes(2, 3)
-    merged = split.reshape(taps, rows * stride, columns * stride, i, o)
-    return by_x, merged[:, : spatial[0], : spatial[1]]
-
-
-# XLA's CPU backend makes of the gradient by the kernel a convolution whose window is the frame,
-# at a tenth of the speed of the products here.
-taps_conv = jax.custom_vjp(_taps, nondiff_argnums=(2, 3))
-taps_conv.defvjp(_forward, _backward)
-
-
-def doubling_conv_by_phases(
-    x: Float[Array, "b t h w i"], kernel: Float[Array, "3 3 i o"]
+def phases(
+    x: Float[Array, "b t h w i"], kernel: Float[Array, "1 3 3 i o"], spec: Spec
 ) -> Float[Array, "b t 2*h 2*w o"]:
-    """Nearest doubling, then a 3x3 convolution, as four of 2x2 on the small grid."""
+    """Doubles by nearest neighbour, then convolves, as four 2x2 convolutions on the small grid.
 
-    # A large pixel sees two small ones per axis: the even phase the pair that ends at its own
-    # pixel with taps (k0, k1 + k2), the odd phase the pair that begins there, (k0 + k1, k2).
+    There is one for each phase of the large grid: 4/9 of the multiplications, and the enlarged
+    frames are never there.
+    """
+    del spec  # A doubling convolution has one geometry.
+    return _interleaved(conv2d(x, _phase_kernels(kernel)[0], 1, _PHASES.pads))
+
+
+# The four phases see one pixel more than the frame has along each side.
+_PHASES = Geometry(pads=((1, 1), (1, 1)))
+
+
+def _phase_kernels(kernel: Float[Array, "1 3 3 i o"]) -> Float[Array, "1 2 2 i 4*o"]:
+    """Returns the kernels of the four phases, side by side.
+
+    A large pixel sees two small ones per axis: the even phase the pair that ends at its own pixel
+    with taps (k0, k1 + k2), the odd phase the pair that begins there with (k0 + k1, k2).
+    """
+
     def pair(k: Array, axis: int) -> list[Array]:
         k0, k1, k2 = jnp.split(k, 3, axis)
         return [jnp.concatenate(p, axis) for p in ((k0, k1 + k2), (k0 + k1, k2))]
 
-    b, t, h, w, _ = x.shape
-    kernels = [phase for rows in pair(kernel, 0) for phase in pair(rows, 1)]
-    y = taps_conv(x, jnp.concatenate(kernels, axis=-1)[None], 1, ((1, 1), (1, 1)))
+    kernels = [phase for rows in pair(kernel, 1) for phase in pair(rows, 2)]
+    return jnp.concatenate(kernels, axis=-1)
+
+
+def _interleaved(y: Array) -> Array:
+    """Returns the large grid `(b, t, 2h, 2w, o)` from its phases `(b, t, h+1, w+1, 4o)`."""
+    b, t, h, w = y.shape[0], y.shape[1], y.shape[2] - 1, y.shape[3] - 1
     quads = jnp.split(y, 4, axis=-1)
     shifted = [quads[2 * i + j][:, :, i : i + h, j : j + w] for i in (0, 1) for j in (0, 1)]
     y = jnp.stack(shifted, axis=3).reshape(b, t, h, 2, 2, w, -1)
     return y.swapaxes(4, 5).reshape(b, t, 2 * h, 2 * w, -1)
 
 
+def by_input(
+    cotangent: Array, kernel: Array, size: tuple[int, int], spec: Spec
+) -> Float[Array, "b t h w i"]:
+    """Returns the gradient of a strided or doubling convolution by `x`, of `size` pixels."""
+    b, t = cotangent.shape[0], cotangent.shape[1] + kernel.shape[0] - 1
+    x = jax.ShapeDtypeStruct((b, t, *size, kernel.shape[3]), cotangent.dtype)
+    if spec.geometry.doubles:
+        kernel = _phase_kernels(kernel)
+        cotangent = _interleaved_transpose(cotangent, size)
+        spec = spec._replace(geometry=_PHASES)
+    return jax.linear_transpose(lambda x: taps(x, kernel, spec), x)(cotangent)[0]
+
+
+def by_kernel(
+    x: Array, cotangent: Array, sizes: tuple[int, int, int], spec: Spec
+) -> Float[Array, "kt kh kw i o"]:
+    """Returns the gradient of a convolution by its kernel, of `sizes` taps."""
+    if spec.geometry.doubles:
+        quads = _interleaved_transpose(cotangent, (x.shape[2], x.shape[3]))
+        merged = by_kernel(x, quads, (1, 2, 2), spec._replace(geometry=_PHASES))
+        kernel = jax.ShapeDtypeStruct((*sizes, x.shape[4], cotangent.shape[4]), x.dtype)
+        return jax.linear_transpose(_phase_kernels, kernel)(merged)[0]
+    stride, (_, *spatial) = spec.geometry.stride, sizes
+    x = jnp.pad(x, [(0, 0), (0, 0), *spec.geometry.pads, (0, 0)])
+    if stride == 1:
+        return _by_kernel(x, cotangent, sizes[1:])
+    # A strided kernel is a smaller one over the phases of the frame: (rows, columns, phases, o).
+    rows, columns = coarse = tuple(-(-size // stride) for size in spatial)
+    by_phase = _by_kernel(_phases(x, stride), cotangent, coarse)
+    split = by_phase.reshape(-1, *coarse, stride, stride, x.shape[4], cotangent.shape[4])
+    merged = split.swapaxes(2, 3).reshape(-1, rows * stride, columns * stride, *split.shape[5:])
+    return merged[:, : spatial[0], : spatial[1]]
+
+
+def _interleaved_transpose(cotangent: Array, size: tuple[int, int]) -> Array:
+    b, t, *_, o = cotangent.shape
+    y = jax.ShapeDtypeStruct((b, t, size[0] + 1, size[1] + 1, 4 * o), cotangent.dtype)
+    return jax.linear_transpose(_interleaved, y)(cotangent)[0]
+
+
 def _phases(x: Array, stride: int) -> Array:
-    """Each `stride` x `stride` square of pixels as one of so many more channels."""
+    """Returns each `stride` x `stride` square of pixels as one pixel of so many more channels."""
     b, t, h, w, c = x.shape
     x = jnp.pad(x, [(0, 0), (0, 0), (0, -h % stride), (0, -w % stride), (0, 0)])
     x = x.reshape(b, t, -(-h // stride), stride, -(-w // stride), stride, c).swapaxes(3, 4)
     return x.reshape(*x.shape[:4], stride * stride * c)
 
 
-def _kernel_gradient(x: Array, cotangent: Array, sizes: tuple[int, ...]) -> Array:
-    """Of a valid convolution by its kernel, `(taps, *sizes, i, o)`.
+def _by_kernel(x: Array, cotangent: Array, sizes: tuple[int, ...]) -> Array:
+    """Returns the gradient of a valid convolution by its kernel, `(taps, *sizes, i, o)`.
 
     With the rows of a frame end to end, what a tap sees of it is one stretch, so that each tap
     is a product of matrices. Frame by frame, for the stretches to stay in the processor's cache,
@@ -136,4 +150,4 @@ def _kernel_gradient(x: Array, cotangent: Array, sizes: tuple[int, ...]) -> Arra
     return total.reshape(taps, rows, columns, i, o)
 
 
-__all__ = ["Pads", "conv2d", "doubling_conv_by_phases", "taps_conv"]
+__all__ = ["by_input", "by_kernel", "phases", "taps"]

@@ -6,64 +6,40 @@ these are two pixels a side of the result. Taps in time are added up between the
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-BAND = 2**24
-"""Elements from which on the rows are worked on in bands: the sums are four times as many."""
-
-PIECE = 2**21
-"""Elements that a step of a kernel's gradient sees: the quickest of 2^18 to 2^22, measured."""
+from .choose import Spec
 
 
-@jax.custom_vjp
-def winograd_conv(
-    x: Float[Array, "b t h w i"], kernel: Float[Array, "kt 3 3 i o"]
-) -> Float[Array, "b t-kt+1 h w o"]:
-    """A 3D convolution, valid in time, with a zero around the frames."""
-    h, w = x.shape[2:4]
-    # Odd sides get one more zero, and give one pixel back.
-    x = jnp.pad(x, [(0, 0), (0, 0), (1, 1 + h % 2), (1, 1 + w % 2), (0, 0)])
+def winograd(
+    x: Float[Array, "b t h w i"], kernel: Float[Array, "kt 3 3 i o"], spec: Spec
+) -> Float[Array, "b t-kt+1 h2 w2 o"]:
+    """Returns a 3D convolution, valid in time, with zeros around the frames."""
+    x, (h, w) = _padded(x, spec)
     kernels = [_of_kernel(k, 1) for k in _of_kernel(kernel, 1)]
-    bands = -(-x.size // BAND)
+    bands = -(-x.size // spec.limits.winograd_band_elements)
     y = _convolved(x, kernels) if bands == 1 else _by_bands(x, kernels, bands)
     return y[:, :, :h, :w]
 
 
-def _forward(x: Array, kernel: Array) -> tuple[Array, Any]:
-    return winograd_conv(x, kernel), (x, kernel)
+def _padded(x: Array, spec: Spec) -> tuple[Array, tuple[int, int]]:
+    """Returns the padded frames, and the size of the result.
 
-
-def _backward(saved: Any, cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    past = len(kernel) - 1
-    around = jnp.pad(cotangent, [(0, 0), (past, past), (0, 0), (0, 0), (0, 0)])
-    return winograd_conv(around, _adjoint(kernel)), _kernel_gradient(x, cotangent)
-
-
-winograd_conv.defvjp(_forward, _backward)
-
-
-def _adjoint(kernel: Array) -> Array:
-    """What the cotangent is convolved with: the kernel flipped, its channels swapped.
-
-    `jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)`, by a loop over the taps. XLA would else fuse
-    that into each of the sums of taps, and read with a stride: backward, 512 channels at 3 frames
-    of 16x24 took 252 ms instead of 153.
+    Odd sides get one more zero, and give one pixel back.
     """
-    taps = jnp.flip(kernel, (0, 1, 2)).reshape(-1, *kernel.shape[3:])
-    taps = lax.map(jnp.transpose, taps)
-    return taps.reshape(*kernel.shape[:3], *taps.shape[1:])
+    (above, below), (left, right) = spec.geometry.pads
+    h, w = x.shape[2] + above + below - 2, x.shape[3] + left + right - 2
+    pads = [(0, 0), (0, 0), (above, below + h % 2), (left, right + w % 2), (0, 0)]
+    return jnp.pad(x, pads), (h, w)
 
 
-def _kernel_gradient(
-    x: Float[Array, "b t h w i"], cotangent: Float[Array, "b t2 h w o"]
+def by_kernel(
+    x: Float[Array, "b t h w i"], cotangent: Float[Array, "b t2 h2 w2 o"], spec: Spec
 ) -> Float[Array, "kt 3 3 i o"]:
-    """The derivative of `winograd_conv` by its kernel, with as few multiplications.
+    """Returns the gradient of `winograd` by its kernel, with as few multiplications.
 
     A few frames, or rows of one, after the other, in each of them sixteen products of matrices,
     over the pixels, of the sums of both. The frames of all taps lie beside each other.
@@ -71,12 +47,14 @@ def _kernel_gradient(
     (b, t, h, w, o), i = cotangent.shape, x.shape[4]
     taps = x.shape[1] - t + 1
     row = b * (w + 2) * taps * i
-    bands, pairs = _cut(-(-h // 2), PIECE // (2 * row))
+    most = spec.limits.winograd_piece_elements
+    bands, pairs = _cut(-(-h // 2), most // (2 * row))
     rows = 2 * pairs
-    steps, frames = _cut(t, PIECE // (rows * row))
+    steps, frames = _cut(t, most // (rows * row))
     # What is added to fill the last pieces meets cotangents of zero.
     late, low = (0, steps * frames - t), bands * rows - h
-    x = jnp.pad(x, [(0, 0), late, (1, 1 + low), (1, 1 + w % 2), (0, 0)])
+    (above, below), (left, right) = spec.geometry.pads
+    x = jnp.pad(x, [(0, 0), late, (above, below + low), (left, right + w % 2), (0, 0)])
     cotangent = jnp.pad(cotangent, [(0, 0), late, (0, low), (0, w % 2), (0, 0)])
 
     def add(total: Array, step: Array) -> tuple[Array, None]:
@@ -99,13 +77,13 @@ def _kernel_gradient(
 
 
 def _cut(size: int, at_most: int) -> tuple[int, int]:
-    """Into how many pieces, and of what size."""
+    """Returns how many pieces `size` is cut into, and their size."""
     pieces = -(-size // max(1, at_most))
     return pieces, -(-size // pieces)
 
 
 def _products(x: Array, cotangent: Array) -> Array:
-    """`(4, 4, i, o)`, over all pixels of the frames `(t, h, w, c)` of both."""
+    """Returns products `(4, 4, i, o)` summed over all pixels of the frames `(t, h, w, c)`."""
     sums = [_of_pixels(row, 2) for row in _of_pixels(x, 1)]
     others = [_of_cotangents(row, 2) for row in _of_cotangents(cotangent, 1)]
     products = [
@@ -122,7 +100,7 @@ def _over_pixels(x: Array, cotangent: Array) -> Array:
 
 
 def _by_bands(x: Array, kernels: list[list[Array]], bands: int) -> Array:
-    """A band of rows after another; the last may do some of the one before again."""
+    """Convolves one band of rows after another; the last may do some of the one before again."""
     b, t, h, w, _ = x.shape
     taps, _, o = kernels[0][0].shape
     rows = h // 2 - 1
@@ -133,8 +111,8 @@ def _by_bands(x: Array, kernels: list[list[Array]], bands: int) -> Array:
         part = _convolved(lax.dynamic_slice_in_dim(x, first, 2 * band + 2, axis=2), kernels)
         return lax.dynamic_update_slice_in_dim(y, part, first, axis=2), None
 
-    room = jnp.zeros_like(x, shape=(b, t - taps + 1, h - 2, w - 2, o))
-    return lax.scan(add, room, jnp.arange(0, rows, band, dtype=jnp.int32))[0]
+    output = jnp.zeros_like(x, shape=(b, t - taps + 1, h - 2, w - 2, o))
+    return lax.scan(add, output, jnp.arange(0, rows, band, dtype=jnp.int32))[0]
 
 
 def _convolved(x: Array, kernels: list[list[Array]]) -> Array:
@@ -151,7 +129,7 @@ def _convolved(x: Array, kernels: list[list[Array]]) -> Array:
 
 
 def _over_time(x: Array, kernel: Array) -> Array:
-    """A convolution of frames whose pixels have nothing to do with each other."""
+    """Convolves along time alone."""
     b, t, h, w, _ = x.shape
     y = lax.conv_general_dilated(
         x.reshape(b, t, h * w, -1),
@@ -164,7 +142,7 @@ def _over_time(x: Array, kernel: Array) -> Array:
 
 
 def _of_pixels(x: Array, axis: int) -> list[Array]:
-    """The four sums along an axis, of every four pixels from each second one on."""
+    """Returns the four sums, along an axis, of every four pixels from each second one on."""
     even, odd = _halves(x, axis)
     (d0, d2), (d1, d3) = (
         (lax.slice_in_dim(half, 0, -1, axis=axis), lax.slice_in_dim(half, 1, None, axis=axis))
@@ -174,7 +152,7 @@ def _of_pixels(x: Array, axis: int) -> list[Array]:
 
 
 def _of_cotangents(y: Array, axis: int) -> list[Array]:
-    """The transpose of `_of_products`, of every two pixels."""
+    """Applies the transpose of `_of_products` to every two pixels."""
     even, odd = _halves(y, axis)
     return [even, even + odd, even - odd, -odd]
 
@@ -190,14 +168,14 @@ def _of_kernel(k: Array, axis: int) -> list[Array]:
 
 
 def _to_kernel(m: Sequence[Array] | Array) -> list[Array]:
-    """The transpose of `_of_kernel`."""
+    """Applies the transpose of `_of_kernel`."""
     middle = (m[1] + m[2]) / 2
     return [m[0] + middle, (m[1] - m[2]) / 2, middle + m[3]]
 
 
 def _of_products(m: Sequence[Array]) -> list[Array]:
-    """The two pixels that four products make."""
+    """Returns the two pixels that four products make."""
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
-__all__ = ["winograd_conv"]
+__all__ = ["by_kernel", "winograd"]

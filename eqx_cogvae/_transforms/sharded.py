@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
-from .._lowering.convolution import partitioned
+from .._meshes import automatic, automatically, explicit_mesh, split
 from .._types import is_traced
 from .base import Transform
 
@@ -45,8 +45,18 @@ class Sharded(Transform):
     def __call__(self, *args: PyTree[Shaped[Array, "..."]]) -> PyTree[Shaped[Array, "..."]]:
         self._check(args, "")
         cut = any(among > 1 for name, (_, among) in self._cuts().items() if name != "batch")
-        with partitioned(partitioned.value or cut):
-            return self._called(args)
+        with split(split.value or cut):
+            explicit = explicit_mesh((self, args))
+            if explicit is None:
+                return self._called(args)
+            called = lambda self, args: self._called(args)  # noqa: E731
+            return automatically(called, (self, args), explicit, self._spec(explicit))
+
+    def _spec(self, mesh: Any) -> PartitionSpec:
+        """Returns how results are cut, by axes that an explicit mesh around the call has too."""
+        axes = (self.batch, self.height, self.width)
+        batch, height, width = (axis if axis in mesh.axis_names else None for axis in axes)
+        return PartitionSpec(batch, None, height, width, None)
 
     def _called(self, args: PyTree) -> PyTree:
         if is_traced((self, args)):
@@ -160,7 +170,7 @@ def sharded(
     argument or a result that does not divide; it lists sizes that do.
     """
     # A mesh of explicit axes would have every operation of `fn` say how it is cut.
-    mesh = Mesh(mesh.devices, mesh.axis_names)
+    mesh = automatic(mesh)
     weights, rest = eqx.partition(fn, eqx.is_array)
     if not is_traced(weights):
         weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))

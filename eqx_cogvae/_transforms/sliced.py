@@ -6,6 +6,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, PyTree, Shaped
 
+from .._meshes import on_automatic_axes
 from .._types import is_traced
 from .base import Transform, call, join
 
@@ -15,6 +16,7 @@ class Sliced(Transform):
 
     fn: Callable
 
+    @on_automatic_axes
     def __call__(self, *args: PyTree[Shaped[Array, "_ ..."]]) -> PyTree[Shaped[Array, "b ..."]]:
         batch = {leaf.shape[0] for leaf in jax.tree.leaves(args)}
         if len(batch) != 1:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree, Shaped
 
+from .._meshes import on_automatic_axes
 from .._types import at_least_float32, is_traced
 from .base import Transform, call, cut, join
 from .progress import progress_bar
@@ -96,6 +97,7 @@ class Tiled(Transform):
         if self.edges not in EDGES:
             raise ValueError(f'`edges` must be "clip" or "shift", got {self.edges!r}.')
 
+    @on_automatic_axes
     def __call__(self, x: Shaped[Array, "b t h w c"]) -> PyTree[Float[Array, "b t2 h2 w2 c2"]]:
         height, width = x.shape[_HEIGHT : _WIDTH + 1]
         if height <= self.size[0] and width <= self.size[1]:

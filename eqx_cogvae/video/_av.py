@@ -1,5 +1,7 @@
-"""PyAV, and what all video files share."""
+"""PyAV, and what reading and writing of video files share."""
 
+import os
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,19 +11,24 @@ Frames: TypeAlias = Shaped[np.ndarray, "..."] | Shaped[Array, "..."]
 """A clip: (1, t, h, w, 3) or (t, h, w, 3), floating in [-1, 1] or uint8."""
 
 
-# What H.264 holds, and what the time bases of containers do: beyond, frames would be lost.
 LONGEST_SIDE = 16384
+"""Largest height and width in pixels that H.264 holds."""
 
 
+# Beyond these rates the time bases of containers round frames away.
 _RATES = (0.001, 1000)
 
 
 def check_installed() -> None:
-    """Raises `ImportError` without PyAV: worth asking before a long computation."""
+    """Raises `ImportError` without PyAV; worth calling before a long computation."""
     pyav()
 
 
 def pyav() -> Any:
+    """Returns the module `av`.
+
+    **Raises:** `ImportError`, which names the extra to install.
+    """
     try:
         import av
     except ImportError as error:
@@ -38,4 +45,13 @@ def check_rate(fps: float | int) -> None:
         )
 
 
-__all__ = ["LONGEST_SIDE", "Frames", "check_installed", "check_rate", "pyav"]
+def local_name(path: str | os.PathLike) -> str:
+    """Returns the absolute path, which FFmpeg never takes for a URL.
+
+    FFmpeg reads what stands before the first colon of a relative name, such as
+    `2024-01-01T12:30:00.mp4` or `pipe:1`, as a protocol.
+    """
+    return str(Path(os.fsdecode(path)).absolute())
+
+
+__all__ = ["LONGEST_SIDE", "Frames", "check_installed", "check_rate", "local_name", "pyav"]

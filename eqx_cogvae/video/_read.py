@@ -3,56 +3,61 @@
 import dataclasses
 import itertools
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from .._files import check_regular
+from .._pixels import from_pixels
 from ._av import LONGEST_SIDE, check_rate, pyav
+from ._decode import Corrupt, complete, decoded, opened, truncation
+from ._geometry import fitted, is_transposed, matrix, pixel_aspect, resized, square_size, upright
+from ._hdr import NAMES, is_hdr, standard_range
+from ._timing import clocked, count, rate, resampled, seconds
 
 _MOST_FRAMES = 2**31 - 1
 
 
-# FFmpeg goes by a file's content, whatever its name: no playlists, which name other files.
-_READABLE = {
-    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,ogg,asf,"
-    "mxf,nut,rm,dv,gif,apng,yuv4mpegpipe,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe",
-    "protocol_whitelist": "file",
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Of a video file: frames a second, frame count, and the size it is shown at, in pixels."""
+    """Frame rate, frame count and shown size of a video file."""
 
     fps: float
-    """Frames a second."""
+    """Frames per second."""
     frames: int
-    """How many there are, by the container's own count."""
+    """Number of frames, by the container's own count."""
     height: int
-    """In pixels, after rotation."""
+    """In pixels, upright and with square pixels."""
     width: int
-    """In pixels, after rotation."""
+    """In pixels, upright and with square pixels."""
 
 
 def info(path: str | os.PathLike) -> Info:
-    """What a video file holds, with one frame decoded. `frames` is the container's own count.
+    """Returns what a video file holds; decodes one frame.
 
-    **Raises:** as `read`.
+    **Arguments:**
+
+    - `path`: a video file.
+
+    **Returns:** an `Info`. Its size is the one that `read` gives without `size`.
+
+    **Raises:** as `read`, but not for damaged frames.
     """
-    with _opened(path) as (container, stream):
-        rate = float(_rate(stream))
-        count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-    _, first = next(_decoded(path))
-    height, width = first.height, first.width
-    if _turns(first) % 2:
-        height, width = width, height
-    return Info(rate, count, height, width)
+    with opened(path) as (container, stream):
+        frames = stream.frames - sum(entry.is_discard for entry in stream.index_entries)
+        if not stream.frames:
+            frames = count(container, stream, None, _MOST_FRAMES)
+        fps = float(rate(stream))
+    with opened(path) as (container, stream):
+        first = next(decoded(path, container, stream, "skip"))
+        orientation = matrix(first, stream)
+        height, width = first.height, first.width
+        if is_transposed(orientation):
+            height, width = width, height
+        aspect = pixel_aspect(stream, orientation)
+        return Info(fps, frames, *square_size(path, height, width, aspect))
 
 
 def read(
@@ -62,17 +67,36 @@ def read(
     frames: int | None = None,
     size: tuple[int, int] | None = None,
     fps: float | int | None = None,
+    corrupt: Corrupt = "raise",
 ) -> Float[np.ndarray, "1 t h w 3"]:
     """Reads a clip as float32 in [-1, 1]: `pixel / 127.5 - 1`.
 
-    `fps` picks, for each instant of the new rate, the nearest frame. `start` and `frames` then
-    count frames of that rate. `size=(height, width)` crops each frame about its centre to that
-    aspect ratio and resizes it, bicubic and antialiased. Rotation metadata is applied.
+    Frames come upright and with square pixels: rotation, mirroring and the aspect ratio of pixels
+    are applied. HDR (PQ or HLG) is tone-mapped with a warning: white of 203 cd/m2 becomes 1, and
+    brighter light is clipped.
+
+    **Arguments:**
+
+    - `path`: a video file; any name is a file's, never a URL.
+    - `start`, `frames`: the first frame and the number of frames; all that follow by default.
+    - `size`: (height, width) in pixels. Each frame is cropped about its centre to that aspect
+        ratio and resized, bicubic and antialiased. Without it, the frames must be of one size.
+    - `fps`: another frame rate. Each instant of it shows the nearest frame, and `start` and
+        `frames` count frames of that rate. A clock that jumps back, or ahead by more than an hour
+        (10 seconds in an MPEG stream), goes on after the jump, so joined files are read whole.
+    - `corrupt`: treatment of frames that FFmpeg reports as damaged, up to the last one asked for.
+        `"raise"` refuses the file; `"skip"` leaves them out, and ends where a truncated file
+        ends; `"keep"` takes those that FFmpeg could conceal. Frames predicted from a damaged one
+        may look damaged as well. Decoders of HEVC, VP9 and FFV1 do not report all damage.
+
+    **Returns:** the clip, (1, t, h, w, 3).
 
     **Raises:** `FileNotFoundError`; `IsADirectoryError`; `ValueError` for a file that is no video,
-    is truncated, has no frames, or has fewer than asked for; `ImportError` without PyAV.
+    is truncated, damaged, changes its frame size, has no frames, or has fewer than asked for;
+    `ImportError` without PyAV.
     """
-    return np.concatenate(list(_chunks(path, start, frames, size, fps, 8)), axis=1)
+    batches = _batched(_pictures(path, start, frames, size, fps, corrupt), 8)
+    return np.concatenate(list(batches), axis=1)
 
 
 def frames(
@@ -83,15 +107,23 @@ def frames(
     size: tuple[int, int] | None = None,
     fps: float | int | None = None,
     batch: int = 8,
+    corrupt: Corrupt = "raise",
 ) -> Iterator[Float[np.ndarray, "1 t h w 3"]]:
-    """`read`, `batch` frames at a time, in constant memory.
+    """Reads as `read` does, `batch` frames at a time, in constant memory.
 
-    The first piece holds one frame more, the last what remains: from 8k + 1 frames come the
-    frame batches of `VAE.encode`. A faulty file raises when the fault is reached.
+    The first piece holds one frame more, the last what remains: 8k + 1 frames come as the frame
+    batches of `VAE.encode`. More frames than the file has are refused by the call itself; a
+    damaged frame raises when it is reached.
+
+    **Arguments:** as `read`, and `batch`, the number of frames in a piece.
+
+    **Returns:** an iterator over pieces, (1, t, h, w, 3).
 
     **Raises:** as `read`.
     """
-    return _chunks(path, start, frames, size, fps, batch)
+    if not 1 <= batch <= _MOST_FRAMES:
+        raise ValueError(f"`batch` must be at least 1, got {batch}.")
+    return _batched(_pictures(path, start, frames, size, fps, corrupt), batch)
 
 
 def pictures(
@@ -99,119 +131,17 @@ def pictures(
     *,
     size: tuple[int, int] | None = None,
     fps: float | int | None = None,
+    corrupt: Corrupt = "raise",
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """`read`, one frame at a time, as pixels: a quarter of the bytes.
+    """Reads as `read` does, one frame at a time, as pixels: a quarter of the bytes.
+
+    **Arguments:** as `read`.
+
+    **Returns:** an iterator over frames, (h, w, 3) in 0 to 255.
 
     **Raises:** as `read`.
     """
-    _check_reading(0, None, size, fps, 1)
-    return _pictures(path, 0, None, size, fps)
-
-
-@contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; FFmpeg's errors become `ValueError`."""
-    av = pyav()
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no video at {path}.")
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path} is a directory, name a video in it.")
-    check_regular(path)
-    try:
-        with av.open(os.fspath(path), options=_READABLE, **_lenient(av)) as container:
-            if not container.streams.video:
-                raise ValueError(
-                    f"{path} has no video stream, or an empty one: choose another file."
-                )
-            yield container, container.streams.video[0]
-    except av.error.EOFError as error:
-        raise ValueError(f"{path} holds no frames, choose a video that has some.") from error
-    except av.error.FFmpegError as error:
-        raise ValueError(
-            f"{path} is not a video that FFmpeg can read, or is truncated "
-            f"({error.strerror}): check it in a player, or copy it again."
-        ) from error
-
-
-def _lenient(av: Any) -> dict[str, str]:
-    """Titles and the like may be in any encoding; PyAV 19 takes them all by itself."""
-    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
-def _decoded(path: str | os.PathLike) -> Iterator[tuple[Fraction, Any]]:
-    """Frames with their times in seconds, rising; raises where the file ends too early."""
-    packets = count = 0
-    frame: Any
-    with _opened(path) as (container, stream):
-        rate = _rate(stream)
-        for packet in container.demux(stream):
-            packets += packet.size > 0
-            for frame in packet.decode():
-                timed = frame.pts is not None and frame.time_base
-                yield (frame.pts * frame.time_base if timed else count / rate), frame
-                count += 1
-        if packets < len(stream.index_entries):
-            raise ValueError(
-                f"{path} is truncated: {packets} of {len(stream.index_entries)} frames are there, "
-                "copy it again, or ask for a range of frames that it has."
-            )
-    if not count:
-        raise ValueError(f"{path} holds no frames, choose a video that has some.")
-
-
-def _rate(stream: Any) -> Fraction:
-    return Fraction(stream.average_rate or stream.guessed_rate or 1)
-
-
-def _resampled(path: str | os.PathLike, fps: float | int | None) -> Iterator[Any]:
-    """The frame nearest to each instant of the new rate, the earlier one of two as near."""
-    if fps is None:
-        yield from (frame for _, frame in _decoded(path))
-        return
-    step = 1 / Fraction(fps).limit_denominator(1_000_000)
-    frames = _decoded(path)
-    before, shown = next(frames)
-    begin = target = before
-    interval = None
-    for time, frame in frames:
-        while 2 * target <= before + time:
-            yield shown
-            target += step
-        before, shown, interval = time, frame, time - before
-    end = before + (interval or step)
-    while target < end or target == begin:
-        yield shown
-        target += step
-
-
-def _chunks(
-    path: str | os.PathLike,
-    start: int,
-    frames: int | None,
-    size: tuple[int, int] | None,
-    fps: float | int | None,
-    batch: int,
-) -> Iterator[Float[np.ndarray, "1 t h w 3"]]:
-    _check_reading(start, frames, size, fps, batch)
-    return _batched(_pictures(path, start, frames, size, fps), batch)
-
-
-def _check_reading(
-    start: int,
-    frames: int | None,
-    size: tuple[int, int] | None,
-    fps: float | int | None,
-    batch: int,
-) -> None:
-    for name, value, least in (("start", start, 0), ("frames", frames, 1), ("batch", batch, 1)):
-        if value is not None and not least <= value <= _MOST_FRAMES:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    if size is not None and (len(size) != 2 or min(size) < 1 or max(size) > LONGEST_SIDE):
-        raise ValueError(
-            f"`size` must be (height, width) in pixels, at most {LONGEST_SIDE}, got {size}."
-        )
-    if fps is not None:
-        check_rate(fps)
+    return _pictures(path, 0, None, size, fps, corrupt)
 
 
 def _pictures(
@@ -220,37 +150,96 @@ def _pictures(
     frames: int | None,
     size: tuple[int, int] | None,
     fps: float | int | None,
+    corrupt: Corrupt,
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    count = 0
-    for frame in itertools.islice(_resampled(path, fps), start + frames if frames else None):
-        count += 1
-        if count > start:
-            pixels = np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame))
-            yield _fitted(pixels, size)
-    if count <= start or (frames and count < start + frames):
-        asked = f"frames {start} to {start + frames - 1}" if frames else f"frame {start} and later"
-        raise ValueError(f"{path} holds {count} frames, asked for {asked}: ask for fewer.")
+    """Checks the arguments at once, then gives an iterator that opens the file when it is run."""
+    for name, value, least in (("start", start, 0), ("frames", frames, 1)):
+        if value is not None and not least <= value <= _MOST_FRAMES:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    if size is not None and (len(size) != 2 or min(size) < 1 or max(size) > LONGEST_SIDE):
+        raise ValueError(
+            f"`size` must be (height, width) in pixels, at most {LONGEST_SIDE}, got {size}."
+        )
+    if fps is not None:
+        check_rate(fps)
+    if corrupt not in get_args(Corrupt):
+        raise ValueError(f"`corrupt` must be 'raise', 'skip' or 'keep', got {corrupt!r}.")
+    if start or frames:
+        _check_range(path, start, frames, fps, corrupt)
+    return _shown(path, start, frames, size, fps, corrupt)
 
 
-def _turns(frame: Any) -> int:
-    """Quarter turns, counterclockwise, that set the frame upright."""
-    return round(frame.rotation / 90)
+def _check_range(
+    path: str | os.PathLike,
+    start: int,
+    frames: int | None,
+    fps: float | int | None,
+    corrupt: Corrupt,
+) -> None:
+    """Raises if the file has too few frames, by its packets, none of which is decoded."""
+    with opened(path) as (container, stream):
+        try:
+            there = count(container, stream, fps, start + (frames or 1))
+        except pyav().error.FFmpegError:
+            return  # Decoding names the frame at which the file is damaged.
+        if there < start + (frames or 1):
+            if corrupt == "raise" and complete(path, stream) < len(stream.index_entries):
+                raise truncation(path, stream, complete(path, stream))
+            raise _too_few(path, there, start, frames)
 
 
-def _fitted(
-    pixels: UInt8[np.ndarray, "h w 3"], size: tuple[int, int] | None
-) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Centre crop to the aspect ratio, then bicubic."""
-    height, width = pixels.shape[:2]
-    if size is None or size == (height, width):
-        return pixels
-    rows = min(height, max(1, round(width * size[0] / size[1])))
-    columns = min(width, max(1, round(height * size[1] / size[0])))
-    top, left = (height - rows) // 2, (width - columns) // 2
-    crop = np.ascontiguousarray(pixels[top : top + rows, left : left + columns])
-    frame = pyav().VideoFrame.from_ndarray(crop, format="rgb24")
-    frame = frame.reformat(width=size[1], height=size[0], interpolation="BICUBIC")
-    return frame.to_ndarray(format="rgb24")
+def _too_few(path: str | os.PathLike, there: int, start: int, frames: int | None) -> ValueError:
+    asked = f"frames {start} to {start + frames - 1}" if frames else f"frame {start} and later"
+    return ValueError(f"{path} holds {there} frames, asked for {asked}: ask for fewer.")
+
+
+def _shown(
+    path: str | os.PathLike,
+    start: int,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    fps: float | int | None,
+    corrupt: Corrupt,
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Decodes frames, puts them on a clock, and chooses, turns and fits them."""
+    there, first, warned = 0, None, False
+    with opened(path) as (container, stream):
+        timed = ((seconds(frame), frame) for frame in decoded(path, container, stream, corrupt))
+        chosen = resampled(clocked(timed, stream, container), fps)
+        for frame in itertools.islice(chosen, start + frames if frames else None):
+            there += 1
+            if there <= start:
+                continue
+            warned = warned or _warn_of_hdr(path, frame)
+            orientation = matrix(frame, stream)
+            pixels = upright(standard_range(frame), orientation)
+            aspect = pixel_aspect(stream, orientation)
+            if size is not None:
+                yield fitted(pixels, size, aspect)
+                continue
+            height, width = pixels.shape[:2]
+            first = first or (height, width)
+            if (height, width) != first:
+                raise ValueError(
+                    f"{path} changes its frame size from {first[0]}x{first[1]} to "
+                    f"{height}x{width} at frame {there - 1}: pass `size=` to bring all frames to "
+                    "one size."
+                )
+            yield resized(pixels, square_size(path, height, width, aspect))
+    if there <= start or (frames and there < start + frames):
+        raise _too_few(path, there, start, frames)
+
+
+def _warn_of_hdr(path: str | os.PathLike, frame: Any) -> bool:
+    """Warns of a frame that is HDR; returns True if it is."""
+    if is_hdr(frame):
+        warnings.warn(
+            f"{path} is HDR ({NAMES[frame.color_trc]}) and is tone-mapped: white of 203 cd/m2 "
+            "becomes 1, brighter light is clipped. Grade it to SDR beforehand to keep highlights.",
+            stacklevel=3,
+        )
+        return True
+    return False
 
 
 def _batched(pictures: Iterator[np.ndarray], batch: int) -> Iterator[np.ndarray]:
@@ -259,14 +248,10 @@ def _batched(pictures: Iterator[np.ndarray], batch: int) -> Iterator[np.ndarray]
     for picture in pictures:
         held.append(picture)
         if len(held) == due:
-            yield _joined(held)
+            yield from_pixels(np.stack(held)[None])
             held, due = [], batch
     if held:
-        yield _joined(held)
-
-
-def _joined(pictures: list[np.ndarray]) -> Float[np.ndarray, "1 t h w 3"]:
-    return np.stack(pictures)[None].astype(np.float32) / np.float32(127.5) - np.float32(1)
+        yield from_pixels(np.stack(held)[None])
 
 
 __all__ = ["Info", "frames", "info", "pictures", "read"]

@@ -1,29 +1,30 @@
-"""Clips to look at: players and film strips."""
+"""Players and film strips, to look at clips."""
 
 import base64
 import dataclasses
 import io
 import os
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from .._files import atomic
+from .._files import Written, atomic
 from .._pixels import one_clip, to_pixels
 from ._av import Frames, pyav
-from ._write import check_encoding, encode
+from ._write import check_encoding, encode, naming
 
 
 @dataclasses.dataclass(frozen=True)
 class Player:
-    """An mp4 that a notebook shows, looping, with controls."""
+    """Holds an mp4 that a notebook shows, looping, with controls."""
 
     mp4: bytes = dataclasses.field(repr=False)
-    """The file."""
+    """The file's bytes."""
     width: int | None = None
-    """Of the player, in CSS pixels; None is the video's own."""
+    """Width of the player in CSS pixels; None is the video's own."""
 
     def _repr_html_(self) -> str:
         width = "" if self.width is None else f' width="{self.width}"'
@@ -41,17 +42,32 @@ def show(
     crf: int = 18,
     width: int | None = None,
 ) -> Player:
-    """The clip `write` would write, for a notebook to display; `width` in CSS pixels."""
+    """Encodes a clip as `write` does, for a notebook to display.
+
+    **Arguments:** as `write`, and `width`, that of the player in CSS pixels.
+
+    **Returns:** a `Player`.
+
+    **Raises:** as `write`.
+    """
     check_encoding(fps, crf)
     target = io.BytesIO()
-    encode(target, video, fps, crf)
+    encode(target, video, fps, crf, "memory")
     return Player(target.getvalue(), width)
 
 
 def filmstrip(
     *videos: Frames, n: int = 8, path: str | os.PathLike | None = None
 ) -> UInt8[np.ndarray, "rows columns 3"]:
-    """`n` evenly spaced frames side by side, a row per video; also saved to `path`, a `.png`.
+    """Draws evenly spaced frames side by side, a row per video.
+
+    **Arguments:**
+
+    - `videos`: clips of one shape, as `write` takes them.
+    - `n`: the number of frames; shorter clips give all they have.
+    - `path`: a `.png` to save to.
+
+    **Returns:** the picture, (rows, columns, 3) in 0 to 255.
 
     **Raises:** `ValueError` for videos of different shapes, and as `write`.
     """
@@ -68,9 +84,18 @@ def filmstrip(
     if path is not None:
         if Path(path).suffix.lower() != ".png":
             raise ValueError(f"a film strip's name must end in .png, got {Path(path).name!r}.")
-        with atomic(path) as partial:
-            pyav().VideoFrame.from_ndarray(strip, format="rgb24").save(str(partial))
+        content = _png(strip)
+        with atomic(path) as partial, naming(path), Written(partial) as file:
+            file.write(content)
     return strip
+
+
+def _png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    codec = pyav().CodecContext.create("png", "w")
+    codec.height, codec.width = pixels.shape[:2]
+    codec.pix_fmt, codec.time_base = "rgb24", Fraction(1)
+    frame = pyav().VideoFrame.from_ndarray(pixels, format="rgb24")
+    return b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode()])
 
 
 __all__ = ["Player", "filmstrip", "show"]

@@ -1,0 +1,130 @@
+"""The model's blocks on large arrays: `chunked` around what a block is made of.
+
+Layers take part through two methods, and a layer without them is called as a whole:
+
+- a norm's `affine(x[, latents])` returns the `Affine` map that it applies to `x`;
+- a convolution's `taps()` returns the `Taps` of the causal, zero-padded convolution that it is,
+  or None.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+from jaxtyping import Array
+
+from .._types import ResnetCache
+from . import choose, chunked
+from .chunked import Activation, Taps, Unit
+
+_F = TypeVar("_F", bound=Callable)
+
+
+def scheduled(alternative: Callable) -> Callable[[_F], _F]:
+    """Decorates a function with an equal one that runs in its place where it applies.
+
+    `alternative` takes the same arguments, and returns None where it does not apply.
+    """
+
+    def decorate(plain: _F) -> _F:
+        @functools.wraps(plain)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = alternative(*args, **kwargs)
+            return plain(*args, **kwargs) if result is None else result
+
+        return run  # pyright: ignore
+
+    return decorate
+
+
+def normed_conv(
+    norm: Callable,
+    act: Activation,
+    conv: Callable,
+    x: Array,
+    cache: Any = None,
+    latents: Array | None = None,
+    *,
+    residual: Array | None = None,
+    beside: Taps | None = None,
+) -> tuple[Array, Any] | None:
+    """Runs a norm, an activation and a convolution in chunks if `x` is large, else returns None."""
+    if not choose.in_chunks(x.shape, choose.current()) or not _offers(norm, "affine"):
+        return None
+    if (taps := _taps(conv)) is None:
+        return None
+    own = x[..., : taps.kernel.shape[3]]
+    given = (own,) if latents is None else (own, latents)
+    # The moments' derivative would keep a centred copy of `x`, in float32.
+    affine = eqx.filter_checkpoint(lambda norm, *given: norm.affine(*given))(norm, *given)
+    return chunked.in_chunks(act, Unit(affine, taps, x, cache, residual, beside))
+
+
+def residual_block(
+    block: Any, x: Array, cache: Any = None, *, latents: Array | None = None
+) -> tuple[Array, Any] | None:
+    """Runs a resnet block in chunks if `x` is large, else returns None.
+
+    The second convolution is written over the shortcut. Where the block halves its channels, the
+    first writes its result and the shortcut side by side over `x`, for the second to add up.
+    """
+    if not choose.in_chunks(x.shape, choose.current()):
+        return None
+    act, shortcut = block.activation, block.conv_shortcut
+    cache1, cache2 = (None, None) if cache is None else cache
+    first = (block.norm1, act, block.conv1, x, cache1, latents)
+    beside = None if shortcut is None else _taps(shortcut)
+    halves = beside is not None and x.shape[-1] == 2 * beside.bias.size
+    if halves and _fits(block.norm1, block.conv1) and _fits(block.norm2, block.conv2):
+        y, cache1 = _unit(*first, beside=beside)
+        y, cache2 = _unit(block.norm2, act, block.conv2, y, cache2, latents)
+        return y, ResnetCache(cache1, cache2)
+    residual = x if shortcut is None else shortcut(x)
+    y, cache1 = _unit(*first)
+    y, cache2 = _unit(block.norm2, act, block.conv2, y, cache2, latents, residual=residual)
+    return y, ResnetCache(cache1, cache2)
+
+
+def _unit(
+    norm: Callable,
+    act: Activation,
+    conv: Callable,
+    x: Array,
+    cache: Any,
+    latents: Array | None,
+    *,
+    residual: Array | None = None,
+    beside: Taps | None = None,
+) -> tuple[Array, Any]:
+    """Runs a norm, an activation and a convolution, in chunks where that is possible."""
+    added = {"residual": residual, "beside": beside}
+    result = normed_conv(norm, act, conv, x, cache, latents, **added)
+    if result is None:
+        y, cache = conv(act(norm(x) if latents is None else norm(x, latents)), cache)
+        result = (y if residual is None else residual + y), cache
+    return result
+
+
+def _fits(norm: Any, conv: Any) -> bool:
+    return _offers(norm, "affine") and _taps(conv) is not None
+
+
+def _taps(conv: Any) -> Taps | None:
+    return conv.taps() if _offers(conv, "taps") else None
+
+
+def _offers(part: Any, method: str) -> bool:
+    """Returns True if `part` has a method that describes what a call of it does.
+
+    A subclass that overrides the call, and inherits the method, is not described by it.
+    """
+    for kind in type(part).__mro__:
+        if method in vars(kind):
+            return True
+        if "__call__" in vars(kind):
+            return False
+    return False
+
+
+__all__ = ["normed_conv", "residual_block", "scheduled"]

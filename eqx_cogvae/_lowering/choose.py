@@ -1,0 +1,215 @@
+"""Chooses how an operation runs. Nothing else in the package compares a size with a constant.
+
+Every answer is a pure function of shapes, the platform and `Hints`. Sizes may be symbolic, as
+they are under `jax.export`; a question that they leave open has the plain answer.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from .._meshes import split
+
+Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+"""Zeros before and behind, along height and along width."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """Sizes from which on another way to run an operation is faster or smaller.
+
+    `benchmarks/` has the scripts that measured them; the values are those of the default model.
+    """
+
+    chunk_elements: int = 2**24
+    """Arrays with at least this many elements are processed in chunks; also the largest size of a
+    band of rows. From `tpu_compile.py` and `cpu.py`."""
+    band_min_rows: int = 4
+    """Minimum height of a band. With fewer rows, frames are processed one by one instead."""
+    band_always_rows: int = 8
+    """Height that a band may have even if it then exceeds `chunk_elements`."""
+    huge_frame_pixels: int = 2**16
+    """Minimum pixels of a single frame for a TPU to convolve it tap by tap, which saves memory."""
+    product_max_elements: int = 2**24
+    """Maximum elements of an array that a TPU convolves by products of matrices."""
+    product_min_channels: int = 128
+    """Minimum input channels for such products: a TPU's matrix unit has 128 columns."""
+    winograd_min_channels: int = 32
+    """Minimum channels, input and output, for Winograd's products to repay its sums."""
+    winograd_min_pixels: int = 2**9
+    """Minimum output pixels for Winograd: transforming the kernel costs the same however few there
+    are."""
+    winograd_min_work: int = 2**42
+    """Minimum multiplications x channels^2 for Winograd to repay its longer compile time."""
+    winograd_band_elements: int = 2**24
+    """Maximum elements of a band that Winograd works on: its sums are four times as many."""
+    winograd_piece_elements: int = 2**21
+    """Elements that one step of Winograd's kernel gradient sees; the fastest of 2^18 to 2^22."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """Facts about the whole program that the shapes of one operation do not show."""
+
+    split: bool = False
+    """True while tracing a function whose height or width is split over devices."""
+    thresholds: Thresholds = Thresholds()
+    """The sizes that choices are made by; another set serves for tests and for tuning."""
+    platform: str | None = None
+    """The platform whose lowerings are taken, or None for the one that is compiled for."""
+
+
+thresholds = jax.make_user_context(Thresholds())
+"""The sizes that functions are traced with. They are part of JAX's cache key."""
+
+
+as_if_on = jax.make_user_context(None)
+"""The platform whose lowerings functions are traced with, to run them on another."""
+
+
+def current() -> Hints:
+    """Returns the hints that hold while tracing."""
+    return Hints(split.value, thresholds.value, as_if_on.value)
+
+
+@contextlib.contextmanager
+def under(hints: Hints) -> Iterator[None]:
+    """Traces under hints of an earlier time: derivatives come after their context has ended."""
+    with split(hints.split), thresholds(hints.thresholds), as_if_on(hints.platform):
+        yield
+
+
+class Geometry(NamedTuple):
+    """The static part of a convolution: `conv(doubled(x), kernel)`, valid in time."""
+
+    stride: int = 1
+    """Step along height and width."""
+    pads: Pads = ((1, 1), (1, 1))
+    """Zeros around each frame."""
+    doubles: bool = False
+    """True if height and width are doubled first, by nearest neighbour."""
+
+
+class Spec(NamedTuple):
+    """What a lowering is told besides its two arrays."""
+
+    geometry: Geometry
+    accumulator: Any
+    """The dtype of sums and of the result; None leaves it to XLA."""
+    limits: Thresholds
+
+
+def lowering(
+    geometry: Geometry,
+    x: Sequence[Any],
+    kernel: Sequence[int],
+    platform: str,
+    hints: Hints = Hints(),
+) -> str:
+    """Returns the name of the lowering of a convolution, a key of `conv.LOWERINGS`.
+
+    **Arguments:**
+
+    - `x`: the shape `(b, t, h, w, i)`; `kernel`: the shape `(kt, kh, kw, i, o)`.
+    - `platform`: `"cpu"`, `"gpu"`, `"tpu"`, or another, which is treated as a TPU.
+    """
+    if platform == "cpu":
+        if geometry.doubles:
+            return "phases"
+        return "winograd" if _suits_winograd(geometry, x, kernel, hints) else "taps"
+    if geometry.doubles or geometry.stride > 1 or kernel[0] == 1:
+        return "frames"
+    if platform == "gpu":
+        return "channels"
+    return _on_tpu(geometry, x, kernel, hints)
+
+
+def _on_tpu(geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: Hints) -> str:
+    limits, (_, frames, height, width, channels) = hints.thresholds, x
+    if kernel[1] > 1 and geometry.pads[0] == (0, 0):
+        return "summed"  # a band of rows, which brings its neighbours along
+    if frames == kernel[0] and _known(x) and height * width >= limits.huge_frame_pixels:
+        return "sequential"
+    small = _known(x) and math.prod(x) < limits.product_max_elements
+    # XLA's partitioner would gather the rows that these products line up.
+    if small and channels >= limits.product_min_channels and not hints.split:
+        return "products"
+    return "channels"
+
+
+def _suits_winograd(
+    geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: Hints
+) -> bool:
+    """Returns True if Winograd's algorithm is faster than a sum of direct 2D convolutions."""
+    # It lines up pixels of rows and columns, for which XLA's partitioner would gather them.
+    if hints.split or not _known(x) or tuple(kernel[1:3]) != (3, 3) or geometry.stride > 1:
+        return False
+    (above, below), (left, right) = geometry.pads
+    height, width = x[2] + above + below - 2, x[3] + left + right - 2
+    pixels, channels = x[0] * (x[1] - kernel[0] + 1) * height * width, min(kernel[3:])
+    limits = hints.thresholds
+    return (
+        channels >= limits.winograd_min_channels
+        and pixels >= limits.winograd_min_pixels
+        and pixels * math.prod(kernel) * channels**2 >= limits.winograd_min_work
+    )
+
+
+def in_chunks(x: Sequence[Any], hints: Hints = Hints()) -> bool:
+    """Returns True if an array of shape `(b, t, ...)` is processed in chunks."""
+    return _known(x) and x[1] > 1 and math.prod(x) >= hints.thresholds.chunk_elements
+
+
+def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
+    """Returns the height of the equal bands of rows that `x` is processed in, or 0 for none.
+
+    There are none where devices hold rows: XLA's partitioner would gather them.
+
+    **Arguments:**
+
+    - `x`: the shape `(b, t, h, w, c)`.
+    - `margin`: how many rows above a band, and below it, its result depends on.
+    """
+    limits, height = hints.thresholds, x[2]
+    if hints.split:
+        return 0
+    most = limits.chunk_elements * height // math.prod(x)
+    most = min(max(most, limits.band_always_rows), height // 2)
+    found = max((n for n in range(1, most + 1) if height % n == 0), default=0)
+    return found if found >= max(margin, limits.band_min_rows) else 0
+
+
+def frame_groups(frames: int) -> tuple[int, ...]:
+    """Returns how many frames of a chunked array are processed together, group after group.
+
+    A TPU lays frames out in rows of eight, or of four if there are no more. Nine frames would
+    take the room of sixteen, so the first is a group of its own.
+    """
+    rest = frames % 8
+    groups = (rest,) if rest <= 4 else (rest - 4, 4)
+    return tuple(n for n in groups if n) + (8,) * (frames // 8)
+
+
+def _known(shape: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in shape)
+
+
+__all__ = [
+    "Geometry",
+    "Hints",
+    "Pads",
+    "Spec",
+    "Thresholds",
+    "as_if_on",
+    "band_height",
+    "current",
+    "frame_groups",
+    "in_chunks",
+    "lowering",
+    "thresholds",
+    "under",
+]

@@ -1,0 +1,73 @@
+"""Lowerings of convolutions that every platform has: 2D convolutions of frames.
+
+A lowering takes `(x, kernel, spec)` and returns the convolution without bias, in the dtype of
+`spec.accumulator`.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from .choose import Pads, Spec
+
+
+def conv2d(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "kh kw i o"],
+    stride: int,
+    pads: Pads,
+    accumulator: Any = None,
+) -> Float[Array, "b t h2 w2 o"]:
+    """Convolves every frame by itself."""
+    b, t, *_ = x.shape
+    # Padded by hand: with padding of its own the gradient by the frames leaves the fast path of
+    # XLA's CPU backend for some shapes, and takes thirty times as long.
+    y = lax.conv_general_dilated(
+        jnp.pad(x.reshape(-1, *x.shape[2:]), [(0, 0), *pads, (0, 0)]),
+        kernel,
+        (stride, stride),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=accumulator,
+    )
+    return y.reshape(b, t, *y.shape[1:])
+
+
+def frames(x: Array, kernel: Array, spec: Spec) -> Array:
+    """Convolves every frame with a kernel of one tap in time."""
+    geometry = spec.geometry
+    if geometry.doubles:
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+    return conv2d(x, kernel[0], geometry.stride, geometry.pads, spec.accumulator)
+
+
+def channels(x: Array, kernel: Array, spec: Spec) -> Array:
+    """Convolves, in 2D, frames that hold the channels of all the frames a tap would see.
+
+    XLA for TPUs compiles it several times as fast as a convolution in 3D or one for each tap; on
+    an H200 it takes 0.78 to 0.9 of the time of either, in bfloat16.
+    """
+    (taps, *_, i, o), b = kernel.shape, x.shape[0]
+    count = x.shape[1] - taps + 1
+    seen = jnp.concatenate([x[:, tap : tap + count] for tap in range(taps)], axis=-1)
+    seen = seen.reshape(b * count, *seen.shape[2:])
+    wide = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], taps * i, o)
+    y = lax_conv2d(seen, wide, spec)
+    return y.reshape(b, count, *y.shape[1:])
+
+
+def lax_conv2d(x: Array, kernel: Array, spec: Spec) -> Array:
+    """Convolves `(n, h, w, i)`, padded by XLA."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        spec.geometry.pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=spec.accumulator,
+    )
+
+
+__all__ = ["channels", "conv2d", "frames", "lax_conv2d"]

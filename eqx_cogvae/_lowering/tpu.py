@@ -1,0 +1,56 @@
+"""Lowerings of convolutions that XLA for TPUs runs fast, or in little memory."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from .choose import Spec
+from .frames import lax_conv2d
+
+
+def sequential(x: Array, kernel: Array, spec: Spec) -> Array:
+    """Convolves as many frames as the kernel has taps, tap by tap, to the one frame they make.
+
+    XLA for TPUs pads and lays out anew what it convolves: here that is one frame at a time.
+    """
+    total = lax_conv2d(x[:, 0], kernel[0], spec)
+    for i in range(1, len(kernel)):
+        # Without the barrier XLA would prepare all the frames before the first convolution.
+        frame, total = lax.optimization_barrier((x[:, i], total))
+        total = total + lax_conv2d(frame, kernel[i], spec)
+    return jnp.expand_dims(total, 1)
+
+
+def products(x: Array, kernel: Array, spec: Spec) -> Array:
+    """Multiplies matrices, one for each tap in time and row, of pixels that hold a row's taps.
+
+    For small arrays XLA for TPUs expects half the cycles of a convolution, and compiles it sooner.
+    """
+    (taps, down, across, i, o) = kernel.shape
+    x = jnp.pad(x, [(0, 0)] * 2 + [*spec.geometry.pads, (0, 0)])
+    count, height, width = x.shape[1] - taps + 1, x.shape[2] - down + 1, x.shape[3] - across + 1
+    seen = jnp.concatenate([x[:, :, :, j : j + width] for j in range(across)], axis=-1)
+    total = jnp.zeros((), spec.accumulator)
+    for tap in range(taps):
+        for row in range(down):
+            part = seen[:, tap : tap + count, row : row + height]
+            matrix = kernel[tap, row].reshape(across * i, o)
+            total = total + jnp.matmul(part, matrix, preferred_element_type=spec.accumulator)
+    return total
+
+
+def summed(x: Array, kernel: Array, spec: Spec) -> Array:
+    """Adds up one 2D convolution of all frames for each tap in time.
+
+    XLA for TPUs adds as it convolves. Of bands of rows it expects fewer cycles this way than with
+    the taps as channels.
+    """
+    taps, b, count = kernel.shape[0], x.shape[0], x.shape[1] - kernel.shape[0] + 1
+    total = jnp.zeros((), spec.accumulator)
+    for tap in range(taps):
+        seen = x[:, tap : tap + count].reshape(b * count, *x.shape[2:])
+        total = total + lax_conv2d(seen, kernel[tap], spec)
+    return total.reshape(b, count, *total.shape[1:])
+
+
+__all__ = ["products", "sequential", "summed"]

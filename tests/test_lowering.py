@@ -1,0 +1,455 @@
+"""Convolutions by every lowering, their derivatives, what is chosen where, and chunks."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import lax
+from reference import distance, from_torch, normal, to_torch
+
+from eqx_cogvae import _layers, _resnet
+from eqx_cogvae._lowering import choose, chunked, conv as lowering
+from eqx_cogvae._lowering.choose import Geometry, Hints, Spec, Thresholds
+from eqx_cogvae._lowering.chunked import Taps, Unit
+
+KEY = jax.random.key(0)
+SAME = Geometry()
+STRIDED = Geometry(stride=2, pads=((0, 1), (0, 1)))
+DOUBLING = Geometry(doubles=True)
+# Sizes at which everything is chunked, or convolved by fewer multiplications.
+CHUNKED = Thresholds(chunk_elements=1)
+WINOGRAD = Thresholds(winograd_min_channels=1, winograd_min_pixels=0, winograd_min_work=0)
+
+
+def around(sizes):
+    """The geometry that keeps a frame's size."""
+    return Geometry(pads=tuple((n // 2, n // 2) for n in sizes[1:]))
+
+
+def convolved_by_torch(x, kernel, geometry):
+    """The same by torch, back in our layout, and the tensors that gradients are asked of."""
+    x, kernel = to_torch(x).clone().requires_grad_(), np.asarray(kernel).transpose(4, 3, 0, 1, 2)
+    kernel = torch.from_numpy(kernel.copy()).requires_grad_()
+    seen = x.repeat_interleave(2, 3).repeat_interleave(2, 4) if geometry.doubles else x
+    (above, below), (left, right) = geometry.pads
+    seen = torch.nn.functional.pad(seen, (left, right, above, below))
+    stride = (1, geometry.stride, geometry.stride)
+    return torch.nn.functional.conv3d(seen, kernel, stride=stride), x, kernel
+
+
+DEFAULT = Thresholds()
+
+
+def by_name(name, x, kernel, geometry, limits=DEFAULT):
+    spec = Spec(geometry, jnp.float32, limits)
+    return jax.jit(lambda x, kernel: lowering.LOWERINGS[name](x, kernel, spec))(x, kernel)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "frames"),
+    [
+        ("channels", (3, 3, 3), 4),
+        ("channels", (2, 5, 3), 3),
+        ("summed", (3, 3, 3), 4),
+        ("summed", (2, 5, 3), 3),
+        ("products", (3, 3, 3), 4),
+        ("products", (2, 5, 3), 3),
+        ("products", (3, 1, 1), 3),
+        ("sequential", (3, 3, 3), 3),
+        ("sequential", (2, 5, 3), 2),
+        ("frames", (1, 3, 3), 2),
+        ("taps", (3, 3, 3), 4),
+        ("taps", (3, 1, 1), 3),
+        ("winograd", (3, 3, 3), 4),
+        ("winograd", (1, 3, 3), 1),
+    ],
+)
+def test_every_lowering_is_torchs_convolution(name, sizes, frames):
+    x, kernel = normal((2, frames, 6, 7, 3)), normal((*sizes, 3, 5), 1)
+    due, *_ = convolved_by_torch(x, kernel, around(sizes))
+    assert distance(by_name(name, x, kernel, around(sizes)), from_torch(due)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "geometry"),
+    [("frames", STRIDED), ("taps", STRIDED), ("frames", DOUBLING), ("phases", DOUBLING)],
+)
+def test_strided_and_doubling_lowerings_are_torchs(name, geometry):
+    x, kernel = normal((2, 3, 6, 7, 3)), normal((1, 3, 3, 3, 5), 1)
+    due, *_ = convolved_by_torch(x, kernel, geometry)
+    assert distance(by_name(name, x, kernel, geometry), from_torch(due)) < 1e-6
+
+
+@pytest.mark.parametrize("pads", [((0, 0), (1, 1)), ((1, 1), (1, 1)), ((2, 2), (0, 0))])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (3, 4)])
+def test_fewer_multiplications_make_the_same_convolution(size, pads):
+    """Winograd's, in one piece and in bands of rows."""
+    x, kernel = normal((2, 4, *size, 8)), normal((3, 3, 3, 8, 12), 1)
+    due, *_ = convolved_by_torch(x, kernel, Geometry(pads=pads))
+    for band in (2**24, -(-x.size // 3)):
+        limits = Thresholds(winograd_band_elements=band)
+        got = by_name("winograd", x, kernel, Geometry(pads=pads), limits)
+        assert distance(got, from_torch(due)) < 1e-6
+
+
+@pytest.mark.parametrize("platform", lowering.PLATFORMS)
+@pytest.mark.parametrize(
+    ("sizes", "geometry", "limits"),
+    [
+        ((3, 3, 3), SAME, Thresholds()),
+        ((3, 3, 3), SAME, WINOGRAD),
+        ((2, 5, 3), around((2, 5, 3)), Thresholds()),
+        ((3, 3, 3), Geometry(pads=((0, 0), (1, 1))), Thresholds()),
+        ((1, 3, 3), STRIDED, Thresholds()),
+        ((1, 3, 3), DOUBLING, Thresholds()),
+    ],
+)
+def test_gradients_are_torchs(platform, sizes, geometry, limits):
+    x, kernel, bias = normal((2, 4, 6, 7, 3)), normal((*sizes, 3, 5), 1), normal((5,), 2)
+    due, *leaves = convolved_by_torch(x, kernel, geometry)
+    due = due + torch.from_numpy(np.array(bias))[None, :, None, None, None]
+    by_x, by_kernel = torch.autograd.grad(due.square().sum(), leaves)
+
+    def loss(x, kernel, bias):
+        return jnp.sum(jnp.square(lowering.valid_conv(x, kernel, bias, geometry)))
+
+    with choose.thresholds(limits), choose.as_if_on(platform):
+        grads = jax.jit(jax.grad(loss, (0, 1, 2)))(x, kernel, bias)
+    assert distance(grads[0], from_torch(by_x)) < 1e-6
+    assert distance(grads[1], by_kernel.numpy().transpose(2, 3, 4, 1, 0)) < 1e-6
+    assert distance(grads[2], 2 * due.detach().numpy().sum((0, 2, 3, 4))) < 1e-5
+
+
+@pytest.mark.parametrize("step", [10 * 7 * 16, 2**21])
+def test_winograds_gradient_by_the_kernel_in_steps(step):
+    """Frame by frame, rows of some too, and all at once."""
+    x, kernel = normal((2, 4, 5, 7, 8)), normal((3, 3, 3, 8, 8), 1)
+    due, _, leaf = convolved_by_torch(x, kernel, SAME)
+    (by_kernel,) = torch.autograd.grad(due.square().sum(), [leaf])
+    from eqx_cogvae._lowering import winograd
+
+    spec = Spec(SAME, jnp.float32, Thresholds(winograd_piece_elements=step))
+    cotangent = 2 * jnp.asarray(from_torch(due))
+    got = jax.jit(lambda x, c: winograd.by_kernel(x, c, spec))(x, cotangent)
+    assert distance(got, by_kernel.numpy().transpose(2, 3, 4, 1, 0)) < 1e-6
+
+
+def by_lax(geometry):
+    """An oracle that JAX differentiates by itself: XLA's convolution in 3D."""
+
+    def convolved(x, kernel, bias):
+        if geometry.doubles:
+            x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+        stride = (1, geometry.stride, geometry.stride)
+        names = ("NDHWC", "DHWIO", "NDHWC")
+        pads = ((0, 0), *geometry.pads)
+        y = lax.conv_general_dilated(x, kernel, stride, pads, dimension_numbers=names)
+        return y + bias[None, None, None, None]
+
+    return convolved
+
+
+def hessian_product(fn):
+    """Forward over reverse."""
+    grad = jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), (0, 1, 2))
+    return lambda args, tangents: jax.jvp(grad, args, tangents)[1]
+
+
+def gradient_of_a_gradient(fn):
+    """Reverse over reverse."""
+    loss = lambda *args: jnp.sum(jnp.sin(fn(*args)))  # noqa: E731
+    squares = lambda args: sum(  # noqa: E731
+        jnp.sum(jnp.square(g)) for g in jax.grad(loss, (0, 1, 2))(*args)
+    )
+    return lambda args, _: jax.grad(squares)(args)
+
+
+def hessian(fn):
+    loss = lambda kernel, x, bias: jnp.sum(jnp.sin(fn(x, kernel, bias)))  # noqa: E731
+    return lambda args, _: jax.hessian(loss)(args[1], args[0][:1, :3], args[2])
+
+
+def mapped_gradients(fn):
+    """`vmap` of a gradient over frames, and over kernels."""
+    grads = jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), (0, 1, 2))
+
+    def run(args, tangents):
+        x, kernel, bias = (jnp.stack(pair) for pair in zip(args, tangents, strict=True))
+        return (
+            jax.vmap(grads, (0, None, None))(x, *args[1:]),
+            jax.vmap(grads, (None, 0, 0))(args[0], kernel, bias),
+            jax.vmap(grads)(x, kernel, bias),
+        )
+
+    return run
+
+
+DERIVATIVES = {
+    "jvp": lambda fn: lambda args, tangents: jax.jvp(fn, args, tangents),
+    "linearised": lambda fn: lambda args, tangents: jax.linearize(fn, *args)[1](*tangents),
+    "jacobian": lambda fn: lambda args, _: jax.jacfwd(fn, 2)(*args),
+    "forward over reverse": hessian_product,
+    "reverse over reverse": gradient_of_a_gradient,
+    "hessian": hessian,
+    "mapped": mapped_gradients,
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "geometry"),
+    [
+        *((what, SAME) for what in DERIVATIVES),
+        ("forward over reverse", STRIDED),
+        ("reverse over reverse", DOUBLING),
+        ("mapped", DOUBLING),
+    ],
+)
+def test_derivatives_of_any_order_are_jaxs_own(what, geometry):
+    taps = 3 if geometry == SAME else 1
+    shapes = (2, 4, 4, 6, 3), (taps, 3, 3, 3, 2), (2,)
+    args = tuple(normal(shape, i) for i, shape in enumerate(shapes))
+    tangents = tuple(normal(shape, i + 3) for i, shape in enumerate(shapes))
+    ours = lambda *args: lowering.valid_conv(*args, geometry)  # noqa: E731
+    got, due = (jax.jit(DERIVATIVES[what](fn))(args, tangents) for fn in (ours, by_lax(geometry)))
+    for each, expected in zip(*map(jax.tree.leaves, (got, due)), strict=True):
+        assert distance(each, expected) < 1e-5
+
+
+def test_called_outside_of_a_program_it_is_compiled():
+    x, kernel, bias = normal((1, 3, 4, 4, 2)), normal((3, 3, 3, 2, 2), 1), normal((2,), 2)
+    due = by_lax(SAME)(x, kernel, bias)
+    assert distance(lowering.valid_conv(x, kernel, bias, SAME), due) < 1e-6
+
+
+def test_two_dtypes_are_refused():
+    x, kernel = jnp.zeros((1, 3, 4, 4, 2)), jnp.zeros((3, 3, 3, 2, 2), jnp.bfloat16)
+    with pytest.raises(TypeError, match="needs one dtype, got frames of float32 and a kernel of"):
+        lowering.valid_conv(x, kernel, jnp.zeros(2, jnp.bfloat16), SAME)
+
+
+@pytest.mark.parametrize("platform", lowering.PLATFORMS)
+def test_every_platform_rounds_half_precision_alike(platform):
+    """On a GPU before the bias is added and after it, elsewhere after it only."""
+    args = normal((2, 4, 6, 7, 16)), normal((3, 3, 3, 16, 5), 1), normal((5,), 2)
+    half = [x.astype(jnp.bfloat16) for x in args]
+    due = by_lax(SAME)(*(x.astype(jnp.float32) for x in half))
+    with choose.as_if_on(platform):
+        got = jax.jit(lambda *args: lowering.valid_conv(*args, SAME))(*half)
+    assert got.dtype == jnp.bfloat16
+    assert distance(got.astype(jnp.float32), due) < 3e-3
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1)])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_the_cache_is_the_last_frames(kernel, frames):
+    x, bias = normal((2, frames, 6, 7, 3)), normal((5,), 2)
+    kernel = normal((*kernel, 3, 5), 1)
+    past = len(kernel) - 1
+    y, cache = jax.jit(lowering.causal_conv)(x, kernel, bias)
+    if not past:
+        assert cache is None
+        return
+    padded = np.concatenate([np.repeat(x[:, :1], past, axis=1), x], axis=1)
+    np.testing.assert_array_equal(cache, padded[:, -past:])
+    later, _ = jax.jit(lowering.causal_conv)(x, kernel, bias, cache)
+    whole = np.concatenate([padded, x], axis=1)
+    due, *_ = convolved_by_torch(whole, kernel, around(kernel.shape[:3]))
+    together = jnp.concatenate([y, later], axis=1)
+    assert distance(together, from_torch(due) + np.asarray(bias)) < 1e-6
+
+
+# What is chosen.
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "channels", "name"),
+    [
+        (3, (8, 12), 512, "taps"),  # transforming the kernel costs what it saves
+        (3, (16, 24), 512, "winograd"),
+        (9, (64, 96), 128, "winograd"),
+        (9, (128, 192), 32, "winograd"),
+        (9, (96, 144), 32, "taps"),
+        (9, (128, 192), 16, "taps"),
+    ],
+)
+def test_winograd_where_it_pays(frames, size, channels, name):
+    x, kernel = (1, frames + 2, *size, channels), (3, 3, 3, channels, channels)
+    assert choose.lowering(SAME, x, kernel, "cpu") == name
+    assert choose.lowering(SAME, x, kernel, "cpu", Hints(split=True)) == "taps"
+
+
+BAND = Geometry(pads=((0, 0), (1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("platform", "geometry", "x", "kernel", "name"),
+    [
+        ("cpu", DOUBLING, (1, 9, 60, 90, 256), (1, 3, 3), "phases"),
+        ("cpu", STRIDED, (1, 9, 60, 90, 256), (1, 3, 3), "taps"),
+        ("gpu", SAME, (1, 10, 480, 720, 128), (3, 3, 3), "channels"),
+        ("gpu", DOUBLING, (1, 8, 60, 90, 256), (1, 3, 3), "frames"),
+        ("tpu", STRIDED, (1, 8, 480, 720, 128), (1, 3, 3), "frames"),
+        ("tpu", SAME, (1, 4, 60, 90, 512), (3, 3, 3), "products"),
+        ("tpu", SAME, (1, 4, 60, 90, 16), (3, 3, 3), "channels"),
+        ("tpu", SAME, (1, 10, 480, 720, 128), (3, 3, 3), "channels"),
+        ("tpu", SAME, (1, 3, 480, 720, 128), (3, 3, 3), "sequential"),
+        ("tpu", BAND, (1, 10, 22, 720, 128), (3, 3, 3), "summed"),
+        ("another", BAND, (1, 10, 22, 720, 128), (3, 3, 3), "summed"),
+    ],
+)
+def test_the_lowering_of_each_platform(platform, geometry, x, kernel, name):
+    assert choose.lowering(geometry, x, (*kernel, x[-1], x[-1]), platform) == name
+    if name == "products":
+        split = Hints(split=True)
+        assert choose.lowering(geometry, x, (*kernel, 512, 512), platform, split) == "channels"
+
+
+def test_symbolic_sizes_have_the_plain_answer():
+    (b, h) = jax.export.symbolic_shape("b, h")
+    kernel = (3, 3, 3, 512, 512)
+    for x in ((b, 4, 60, 90, 512), (1, 4, h, 90, 512)):
+        assert choose.lowering(SAME, x, kernel, "cpu") == "taps"
+        assert choose.lowering(SAME, x, kernel, "tpu") == "channels"
+        assert not choose.in_chunks(x, Hints(thresholds=CHUNKED))
+
+
+def test_heights_of_bands():
+    hints = Hints(thresholds=Thresholds(chunk_elements=40 * 100))
+    heights = {480: 40, 100: 25, 82: 0, 62: 31, 8: 4, 6: 0}
+    assert {h: choose.band_height((1, 2, h, 5, 10), 1, hints) for h in heights} == heights
+    assert [choose.band_height((1, 2, 8, 5, 10), n, hints) for n in (4, 5)] == [4, 0]
+    assert choose.band_height((1, 2, 480, 5, 10), 1, Hints(split=True)) == 0
+
+
+@pytest.mark.parametrize(
+    ("frames", "groups"),
+    [(1, (1,)), (4, (4,)), (5, (1, 4)), (8, (8,)), (9, (1, 8)), (12, (4, 8)), (17, (1, 8, 8))],
+)
+def test_groups_of_frames(frames, groups):
+    assert choose.frame_groups(frames) == groups
+
+
+# Chunks.
+
+
+def a_unit(latents, frames, cached, added, sizes=(3, 3, 3), dtype=jnp.float32):
+    """A unit of 16 channels to 8, in frames of 24x5."""
+    keys = iter(jax.random.split(KEY, 20))
+    draw = lambda *shape: jax.random.normal(next(keys), shape, dtype)  # noqa: E731
+    norm = _layers.GroupNorm(16, 4, 1e-6, dtype=dtype)
+    norm = eqx.tree_at(lambda n: (n.weight, n.bias), norm, (draw(16), draw(16)))
+    x = draw(2, frames, 24, 5, 24 if added == "beyond" else 16)
+    own, given = x[..., :16], ()
+    if latents:
+        given = (draw(2, -(-frames // 2), *latents, 4),)
+        spatial = _layers.SpatialNorm(16, 4, 4, key=KEY, dtype=dtype)
+        norm = eqx.tree_at(lambda n: n.norm_layer, spatial, norm)
+    taps = Taps(draw(*sizes, 16, 8), draw(8))
+    cache = draw(2, sizes[0] - 1, 24, 5, 16) if cached else None
+    residual = draw(2, frames, 24, 5, 8) if added == "residual" else None
+    beside = Taps(draw(1, 1, 1, 16, 8), draw(8)) if added == "beside" else None
+    return Unit(norm.affine(own, *given), taps, x, cache, residual, beside)
+
+
+def close(got, due, within=1e-6):
+    for each, expected in zip(*map(jax.tree.leaves, (got, due)), strict=True):
+        wide = (a.astype(jnp.float32) for a in (each, expected))
+        assert distance(*wide) < within
+
+
+# Every pair of (latents, frames, cached, added) occurs, and with it each of the loops.
+UNITS = [
+    (None, 1, False, None),
+    (None, 3, True, "residual"),
+    (None, 9, False, "beside"),
+    (None, 4, True, "beyond"),
+    ((12, 5), 9, True, None),
+    ((12, 5), 4, False, "residual"),
+    ((12, 5), 1, True, "beside"),
+    ((12, 5), 3, False, "beyond"),
+    ((7, 3), 5, True, "beside"),  # latents that are no divisor
+]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_chunks_are_the_whole(unit):
+    """Frame by frame, and in bands: the first, those with rows above and below, and the last."""
+    unit = a_unit(*unit)
+    due = jax.jit(functools.partial(chunked.whole, jax.nn.silu))(unit)
+    close(jax.jit(functools.partial(chunked.by_frames, jax.nn.silu))(unit), due)
+    close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 3), (3, 1, 1), (2, 5, 3), (3, 9, 3)])
+def test_bands_of_other_kernels(sizes):
+    """Of one tap in time, of no rows around, and of many."""
+    unit = a_unit((7, 3), 3, False, "beside", sizes)
+    due = jax.jit(functools.partial(chunked.whole, jax.nn.silu))(unit)
+    close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
+
+
+def test_chunks_in_half_precision():
+    unit = a_unit((12, 5), 8, True, None, dtype=jnp.bfloat16)
+    due = jax.jit(functools.partial(chunked.whole, jax.nn.silu))(unit)
+    for run in (chunked.by_frames, functools.partial(chunked.by_bands, height=8)):
+        got = jax.jit(lambda unit, run=run: run(jax.nn.silu, unit=unit))(unit)
+        assert all(y.dtype == jnp.bfloat16 for y in got)
+        close(got, due, 1e-2)
+
+
+@pytest.mark.parametrize("unit", [UNITS[1], UNITS[4], UNITS[6]], ids=str)
+def test_derivatives_of_chunks_are_the_wholes(unit):
+    unit, tangents = a_unit(*unit), jax.tree.map(lambda x: 0.1 * x + 1, a_unit(*unit))
+    loss = lambda y: sum(jnp.sum(jnp.sin(part)) for part in jax.tree.leaves(y))  # noqa: E731
+
+    def derivatives(run):
+        fn = functools.partial(run, jax.nn.silu)
+        grad = jax.grad(lambda unit: loss(fn(unit)))
+        return (
+            jax.jit(lambda u, t: jax.jvp(fn, (u,), (t,)))(unit, tangents),
+            jax.jit(grad)(unit),
+            jax.jit(lambda u, t: jax.jvp(grad, (u,), (t,))[1])(unit, tangents),
+        )
+
+    due = derivatives(chunked.whole)
+    with choose.thresholds(CHUNKED):
+        close(derivatives(chunked.in_chunks), due, 1e-5)
+
+
+def test_a_convolution_of_ones_own_is_called():
+    """Not replaced by one of chunks, where it is one of ours with a call of its own."""
+
+    class Doubled(_layers.CausalConv3d):
+        def __call__(self, x, cache=None):
+            y, cache = super().__call__(x, cache)
+            return 2 * y, cache
+
+    block = _resnet.ResnetBlock(
+        8, 8, groups=4, eps=1e-6, act_fn="silu", latents=None, pad_mode="first", key=KEY
+    )
+    block = eqx.tree_at(lambda b: b.conv1, block, Doubled(8, 8, key=KEY))
+    x = normal((1, 3, 24, 4, 8))
+    due = block(x)
+    with choose.thresholds(CHUNKED):
+        text = str(jax.make_jaxpr(lambda x: block(x))(x))
+        assert text.count("scan[") > 0, "nothing was chunked"
+        close(eqx.filter_jit(block)(x), due)
+
+
+@pytest.mark.parametrize(("i", "o"), [(8, 8), (8, 4), (4, 8)])
+def test_a_block_in_chunks_is_the_block(i, o):
+    """Where its result is written over the shortcut, over its input, and over neither."""
+    block = _resnet.ResnetBlock(
+        i, o, groups=2, eps=1e-6, act_fn="silu", latents=3, pad_mode="first", key=KEY
+    )
+    x, latents = normal((1, 5, 24, 4, i)), normal((1, 3, 12, 2, 3), 1)
+    run = lambda: eqx.filter_jit(block)(x, latents=latents)  # noqa: E731
+    due = run()
+    with choose.thresholds(CHUNKED):
+        got = run()
+    assert jax.tree.structure(got) == jax.tree.structure(due)
+    close(got, due)
