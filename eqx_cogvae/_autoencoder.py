@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
-from ._checks import check_clip, check_range, memory_advice, warn_of_frames
+from ._checks import check_clip, check_range, memory_advice, warn_of_frames, warn_of_size
 from ._config import Config
 from ._frames import LATENT_BATCH, SAMPLE_BATCH
 from ._layers import CausalConv3d, Conv, Downsample, GroupNorm, SpatialNorm, Upsample
@@ -17,7 +17,7 @@ from ._meshes import on_automatic_axes
 from ._posterior import DiagonalGaussian
 from ._resnet import ResnetBlock, ResnetCache, normed_conv
 from ._transforms.framewise import framewise
-from ._types import AnyArray, Key
+from ._types import UNHASHABLE, AnyArray, Key, bound
 
 _MID_RESNETS = 2
 _OUT_EPS = 1e-6
@@ -214,6 +214,9 @@ class VAE(eqx.Module):
             Conv((1, 1, 1), z, z, key=pkey, dtype=dtype) if config.use_post_quant_conv else None
         )
 
+    def __hash__(self) -> int:
+        raise TypeError(UNHASHABLE)
+
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of the decoder's parameters and results, or the encoder's without a decoder.
@@ -222,6 +225,7 @@ class VAE(eqx.Module):
         """
         return _dtype(self.encoder if self.decoder is None else self.decoder)
 
+    @bound
     @eqx.filter_jit
     @on_automatic_axes
     def encode_step(
@@ -239,6 +243,7 @@ class VAE(eqx.Module):
         x, cache = self.encoder(frames.astype(_dtype(self.encoder)), cache)
         return (x if self.quant_conv is None else self.quant_conv(x)), cache
 
+    @bound
     @eqx.filter_jit
     @on_automatic_axes
     def decode_step(
@@ -253,6 +258,7 @@ class VAE(eqx.Module):
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
         return self.decoder(z, cache)
 
+    @bound
     def encode(self, video: Float[AnyArray, "b t h w c"]) -> DiagonalGaussian:
         """Encodes a clip in frame batches of 8; the first takes the remainder.
 
@@ -265,10 +271,12 @@ class VAE(eqx.Module):
         )
         check_range(video)
         warn_of_frames(video.shape[1], self.config)
+        warn_of_size(*video.shape[2:4], self.config.spatial_compression)
         with memory_advice(video.shape):
             moments = framewise(self.encode_step, SAMPLE_BATCH)(jnp.asarray(video))
         return DiagonalGaussian.from_moments(moments)
 
+    @bound
     def decode(self, latents: Float[AnyArray, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
         """Decodes a clip in frame batches of 2; the first takes the remainder. Not clipped.
 

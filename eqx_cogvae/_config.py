@@ -5,6 +5,7 @@ import difflib
 import math
 import reprlib
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,13 @@ ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 _WIDEST = 2**16
 _DEEPEST = 12
 _LARGEST = 2**31 - 1
+
+# Keys of published configs that diffusers' class does not know either: sizes that were trained
+# on, an attention that this network has not, and what other libraries write down.
+_HARMLESS = {
+    *("sample_size", "sample_frames", "mid_block_add_attention"),
+    *("dtype", "torch_dtype", "architectures", "model_type", "transformers_version"),
+}
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "cogvideox-2b": {},
@@ -133,31 +141,27 @@ class Config:
             t = 2 * t - t % 2
         return t
 
+    def __eq__(self, other: object) -> bool:
+        # 1 and 1.0 are told apart: a cache of JAX's or our own would give one model the other's
+        # config. Dataclasses derive the hash from the fields, which agrees.
+        return self is other or (isinstance(other, Config) and repr(self) == repr(other))
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Config":
-        """From the contents of a diffusers `config.json`; keys that begin with `_` are its own.
+        """Returns the config in the contents of a diffusers `config.json`.
 
-        **Raises:** `ValueError` for an unknown key, or another model's configuration.
+        Keys that begin with `_` are diffusers' own. Those that change nothing in this network,
+        such as `sample_size`, are ignored with a warning.
+
+        **Raises:** `ValueError` for another unknown key, or another model's configuration.
         """
-        model = fields.get("_class_name", "AutoencoderKLCogVideoX")
-        if model not in ("AutoencoderKLCogVideoX", "EqxAutoencoderKLCogVideoX"):
-            raise ValueError(
-                f"expected the config of an AutoencoderKLCogVideoX, got a {shown(model)}."
-            )
-        known = [field.name for field in dataclasses.fields(cls)]
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v
-            for k, v in fields.items()
-            if not k.startswith("_")
-        }
-        for key in given.keys() - set(known):
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-            raise ValueError(f"unknown config key {shown(key)}: {hint}")
-        return cls(**given)
+        config, ignored = read_fields(fields)
+        if ignored:
+            warnings.warn(ignored, stacklevel=2)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, ready for JSON; `Config.from_dict` reads it back."""
+        """Returns every field, ready for JSON; `Config.from_dict` reads it back."""
         fields = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -172,6 +176,26 @@ class Config:
         if key not in _PRESETS:
             raise ValueError(f"no preset {name!r}, there are {', '.join(_PRESETS)}.")
         return cls(**_PRESETS[key])
+
+
+def read_fields(fields: Mapping[str, Any]) -> tuple[Config, str]:
+    """Returns the config in a `config.json`, and a warning of the keys that were ignored."""
+    model = fields.get("_class_name", "AutoencoderKLCogVideoX")
+    if model not in ("AutoencoderKLCogVideoX", "EqxAutoencoderKLCogVideoX"):
+        raise ValueError(f"expected the config of an AutoencoderKLCogVideoX, got a {shown(model)}.")
+    known = [field.name for field in dataclasses.fields(Config)]
+    own = {key: value for key, value in fields.items() if not key.startswith("_")}
+    unknown = own.keys() - set(known)
+    for key in sorted(unknown - _HARMLESS):
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+        raise ValueError(f"unknown config key {shown(key)}: {hint}")
+    ignored = ", ".join(f"{key}={shown(own[key])}" for key in sorted(unknown))
+    given: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in own.items() if key in known
+    }
+    warning = "the config has keys that change nothing here, and are ignored"
+    return Config(**given), f"{warning}: {ignored}." if ignored else ""
 
 
 def shown(value: Any) -> str:
@@ -258,4 +282,4 @@ def _is_number(value: Any) -> bool:
     return number and abs(value) <= sys.float_info.max
 
 
-__all__ = ["ACTIVATIONS", "Config", "shown"]
+__all__ = ["ACTIVATIONS", "Config", "read_fields", "shown"]

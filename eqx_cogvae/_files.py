@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, and paths that are no files."""
+"""Files and folders that appear whole or not at all, and paths that are no files."""
 
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,38 +11,86 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """A name beside `path`, of the same suffix, to write to.
+    """Gives a name beside `path`, of the same suffix, to write to.
 
-    It takes the place of `path` when the block ends, and is deleted when the block fails.
+    The file written there takes the place of `path` when the block ends. It is deleted when the
+    block fails.
 
     **Raises:** `FileNotFoundError` where the directory does not exist, `IsADirectoryError` where
-    `path` is one.
-    """
-    with beside(path) as partial:
-        yield partial
-        os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def beside(path: str | os.PathLike) -> Iterator[Path]:
-    """A name beside `path`, of the same suffix, for a file that is deleted in the end.
-
-    **Raises:** as `atomic`.
+    `path` is one; `OSError` that names `path` for a full disk.
     """
     path = Path(path)
     check_writable(path)
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    partial = _partial(path.parent, path)
+    with _named_as(path, partial):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Gives a new folder to write the files of `folder` in; it is deleted when the block ends.
+
+    It lies in `folder`, or beside it where `folder` does not exist, so that its files can be
+    renamed into place. Parents that are missing are created, and removed if the block fails.
+
+    **Raises:** `OSError` that names `folder`, where it cannot be written.
+    """
+    _check_links(folder)
+    home = folder if folder.is_dir() else folder.parent
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"cannot write {folder}: it is a file, name a directory.")
+    missing = [parent for parent in (home, *home.parents) if not parent.exists()]
+    partial = _partial(home, folder)
+    with _named_as(folder, partial):
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in missing:
+                # Another process may have written into it meanwhile.
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(home: Path, path: Path) -> Path:
+    """Returns a new hidden name in `home`, of the suffix of `path`."""
+    return home / f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}"
+
+
+def _check_links(path: Path) -> None:
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            raise FileNotFoundError(
+                f"cannot write {path}: {link} is a link to {os.readlink(link)}, which does not "
+                "exist: create that directory, or remove the link."
+            )
+
+
+@contextlib.contextmanager
+def _named_as(path: Path, partial: Path) -> Iterator[None]:
+    """Makes errors name `path` where they name its partial file, or none, as a full disk's do."""
     try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        named = error.filename
+        if error.errno is None or not (named is None or str(named).startswith(str(partial))):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Written:
     """A file to write arrays to, whose every write is checked.
 
-    NumPy writes past a file that it knows as one, by a buffer of C's, and does not hear of a disk
-    that is full when that is emptied at last.
+    NumPy writes to a file object that it knows through a buffer of the C library, and misses the
+    error of a full disk when that buffer is flushed.
     """
 
     def __init__(self, path: Path):
@@ -54,12 +103,12 @@ class Written:
         self._file.close()
 
     def write(self, content: Any) -> int:
-        """As any file does."""
+        """Writes as any file does."""
         return self._file.write(content)
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raises what `atomic` would: worth asking before a long computation."""
+    """Raises the errors of `atomic` before a long computation."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a directory, name a file in it.")
@@ -78,4 +127,4 @@ def check_regular(path: str | os.PathLike) -> None:
         raise OSError(f"{path} is a pipe or a device: copy what it gives to a file, and name that.")
 
 
-__all__ = ["Written", "atomic", "beside", "check_regular", "check_writable"]
+__all__ = ["Written", "atomic", "check_regular", "check_writable", "staged"]

@@ -15,6 +15,15 @@ def frame_batches(t: int, size: int) -> tuple[int, ...]:
     return (t,) if t < size else (size + t % size,) + (size,) * (t // size - 1)
 
 
+def round_trip_period(temporal_compression: int) -> int:
+    """Returns the p of the frame counts k * p + 1 that come back as they were; 8 by default.
+
+    Every frame batch but the first one must be even, in sample and in latent frames; where time
+    is not compressed, every count comes back.
+    """
+    return LATENT_BATCH * temporal_compression if temporal_compression > 1 else 1
+
+
 def pad_frames(video: Float[AnyArray, "b t h w c"]) -> tuple[Float[AnyArray, "b t2 h w c"], int]:
     """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`.
 
@@ -34,7 +43,7 @@ def _repeated(video: AnyArray, count: int) -> AnyArray:
 
 
 def crop_frames(video: Float[AnyArray, "b t2 h w c"], t: int) -> Float[AnyArray, "b t h w c"]:
-    """The first `t` frames: undoes `pad_frames` after decoding.
+    """Returns the first `t` frames: undoes `pad_frames` after decoding.
 
     **Raises:** `ValueError` for more frames than there are, or unless there are five axes.
     """
@@ -45,6 +54,7 @@ def crop_frames(video: Float[AnyArray, "b t2 h w c"], t: int) -> Float[AnyArray,
 
 
 def check_axes(x: AnyArray, what: str, channels: str) -> None:
+    """Raises `ValueError` unless `x` has five axes."""
     if x.ndim != 5:
         raise ValueError(
             f"{what} must have five axes, (batch, frames, height, width, {channels}), "
@@ -60,4 +70,5 @@ __all__ = [
     "crop_frames",
     "frame_batches",
     "pad_frames",
+    "round_trip_period",
 ]

@@ -1,23 +1,20 @@
 """The latents file: one safetensors tensor, and in its metadata all that decoding needs."""
 
 import dataclasses
-import hashlib
-import json
 import math
+import numbers
 import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from ._checkpoint.tensors import FLOATS, Stored, read_header, write_safetensors
+from ._checkpoint.fingerprints import exact_fingerprint, fingerprint
+from ._checkpoint.tensors import FLOATS, Stored, read_safetensors, write_safetensors
 from ._files import atomic
 
 FORMAT = "eqx_cogvae.latents.1"
@@ -62,21 +59,33 @@ class Latents:
 
 
 def save_latents(path: str | os.PathLike, latents: Latents, *, layout: str = "BTHWC") -> None:
-    """Writes latents as safetensors, atomically; `layout="BCTHW"` is diffusers' order of axes.
+    """Writes latents as safetensors, atomically; equal latents give equal bytes.
 
-    Equal latents give equal bytes.
+    **Arguments:**
 
-    **Raises:** `ValueError` for NaN or infinite values, a wrong rank or dtype or layout.
+    - `path`: the file.
+    - `latents`: what it is to hold.
+    - `layout`: `"BTHWC"`, or `"BCTHW"`, which is diffusers' order of axes.
+
+    **Raises:** `ValueError` for NaN or infinite values, a wrong rank, dtype or layout, a `logvar`
+    of another shape, and a field that `load_latents` would refuse; `OSError`.
     """
     check_layout(layout)
+    _check_arrays(latents.array, latents.logvar, "latents")
     tensors = {}
     for name, array in ((_NAME, latents.array), (_LOGVAR, latents.logvar)):
         if array is not None:
-            check_latents(array)
+            array = np.asarray(array)
             array = np.moveaxis(array, -1, 1) if layout == "BCTHW" else array
-            tensors[name] = _stored(np.ascontiguousarray(array))
+            tensors[name] = _stored(array)
     fields = {k: v for k, v in vars(latents).items() if k not in _TENSORS and v is not None}
-    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
+    metadata = {name: _text(value) for name, value in fields.items()}
+    try:
+        _fields(metadata)
+    except ValueError as error:
+        raise ValueError(
+            f"latents with {error} cannot be written to {path}: correct that, or leave it out."
+        ) from error
     metadata |= {"format": FORMAT, "layout": layout, "dtype": tensors[_NAME].dtype}
     with atomic(path) as partial:
         write_safetensors(partial, tensors, metadata)
@@ -86,13 +95,27 @@ def _stored(array: np.ndarray) -> Stored:
     return Stored(array.shape, array.dtype.name, lambda: array)
 
 
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | np.bool_):
+        return str(bool(value)).lower()
+    return str(int(value)) if isinstance(value, numbers.Integral) else repr(float(value))
+
+
 def load_latents(
     path: str | os.PathLike, *, channels: int | None = None, layout: str | None = None
 ) -> Latents:
     """Reads a latents file, or any safetensors file with one five-dimensional tensor.
 
-    The layout is the file's own, else `layout`, else that which alone puts `channels` in its
-    place. The result is BTHWC in either case.
+    **Arguments:**
+
+    - `path`: the file.
+    - `channels`: the model's `latent_channels`, which the latents must have.
+    - `layout`: of a file that does not say its own; None is the one that alone puts `channels`
+        in its place.
+
+    **Returns:** the latents, BTHWC whatever the file's layout.
 
     **Raises:** `ValueError` for a file that is no safetensors or is truncated, for latents that
     are not finite, of a wrong rank, dtype or channel count, or of unknown layout, and for
@@ -115,17 +138,40 @@ def load_latents(
             f"latents in {path} have {array.shape[-1]} channels, the model has {channels}: "
             "decode them with the model that encoded them."
         )
-    check_latents(array, f"latents in {path}")
-    return Latents(array, logvar=logvar, **_fields(path, metadata))
+    _check_arrays(array, logvar, f"latents in {path}")
+    made_by = metadata.get("format", FORMAT)
+    if made_by != FORMAT and made_by.startswith(FORMAT.rstrip("0123456789")):
+        raise ValueError(
+            f"{path} is of format {reprlib.repr(made_by)}, this version reads {FORMAT}: "
+            "update eqx_cogvae."
+        )
+    try:
+        return Latents(array, logvar=logvar, **_fields(metadata))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has {error} in its metadata, which cannot be: encode it again, or save the "
+            "tensor without metadata."
+        ) from error
+
+
+def _check_arrays(array: Any, logvar: Any, what: str) -> None:
+    check_latents(array, what)
+    if logvar is not None:
+        check_latents(logvar, f"the logvar of {what}")
+        if logvar.shape != array.shape:
+            raise ValueError(
+                f"the logvar of {what} must have the shape of their mean, {array.shape}, "
+                f"got {logvar.shape}."
+            )
 
 
 def check_latents(
     latents: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], what: str = "latents"
 ) -> None:
     """Raises `ValueError` unless latents are floating, of five axes, and finite."""
-    if latents.ndim != 5 or not jnp.issubdtype(latents.dtype, jnp.floating):
+    if latents.ndim != 5 or latents.dtype.name not in FLOATS:
         raise ValueError(
-            f"{what} must be floating, of shape (b, t, h, w, c), "
+            f"{what} must be floating, of shape (b, t, h, w, c), in one of {', '.join(FLOATS)}, "
             f"got {latents.dtype} of shape {latents.shape}."
         )
     wrong = ~np.isfinite(np.asarray(latents))
@@ -138,37 +184,12 @@ def check_latents(
         )
 
 
-def fingerprint(vae: eqx.Module) -> str:
-    """Twelve hexadecimal digits that tell models apart, by configuration and weights.
-
-    Weights count as rounded to bfloat16, so that a model and its bfloat16 copy agree.
-    """
-    return _digest(vae, lambda leaf: leaf.astype(jnp.bfloat16).tobytes())[:12]
-
-
-def exact_fingerprint(vae: eqx.Module) -> str:
-    """As `fingerprint`, but by every bit of the weights and their dtype; 64 digits."""
-    return _digest(vae, lambda leaf: leaf.dtype.name.encode() + leaf.tobytes())
-
-
-def _digest(vae: eqx.Module, content: Callable[[np.ndarray], bytes]) -> str:
-    digest = hashlib.sha256()
-    config = getattr(vae, "config", None)
-    if config is not None:
-        digest.update(json.dumps(config.to_dict(), sort_keys=True).encode())
-    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(vae, eqx.is_array))
-    for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
-        digest.update(f"{name}{leaf.shape}".encode())
-        digest.update(content(np.asarray(leaf)))
-    return digest.hexdigest()
-
-
 def _read(path: Path) -> tuple[tuple[np.ndarray, np.ndarray | None], Mapping[str, str]]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, name a latents file in it.")
     if not path.exists():
         raise FileNotFoundError(f"there is no latents file at {path}.")
-    metadata, tensors = read_header(path, _PICKLED)
+    metadata, tensors = read_safetensors(path, _PICKLED)
     if _NAME not in tensors and len(tensors) != 1:
         raise ValueError(
             f"{path} must hold a tensor named {_NAME!r}, or one alone; "
@@ -213,13 +234,7 @@ def _layout_of(path: Any, shape: tuple[int, ...], channels: int | None) -> str:
     return found[0]
 
 
-def _fields(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
-    made_by = metadata.get("format", FORMAT)
-    if made_by != FORMAT and made_by.startswith(FORMAT.rstrip("0123456789")):
-        raise ValueError(
-            f"{path} is of format {reprlib.repr(made_by)}, this version reads {FORMAT}: "
-            "update eqx_cogvae."
-        )
+def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     readers = {
         "scaled": _boolean,
         "scaling_factor": _positive,
@@ -230,7 +245,7 @@ def _fields(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
         "frames": _count,
         "padded": _count,
         "fingerprint": _digits,
-        "source": str,
+        "source": _unicode,
         "source_sha256": _digits,
         "start": _whole,
         "seed": _whole,
@@ -240,11 +255,13 @@ def _fields(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
         try:
             fields[name] = readers[name](metadata[name])
         except ValueError as error:
-            raise ValueError(
-                f"{path} has {name}={reprlib.repr(metadata[name])} in its metadata, which cannot "
-                "be: encode it again, or save the tensor without metadata."
-            ) from error
+            raise ValueError(f"{name}={reprlib.repr(metadata[name])}") from error
     return fields
+
+
+def _unicode(text: str) -> str:
+    text.encode()  # raises for what came from bytes that are not UTF-8
+    return text
 
 
 def _boolean(text: str) -> bool:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import equinox as eqx
 import jax
@@ -48,14 +49,14 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` found; print it for a table. `memory` is the budget in bytes, or None."""
+    """The costs of all ways to encode and decode a video; print it for a table."""
 
     encode: tuple[Cost, ...]
     """A `Cost` for each way to encode."""
     decode: tuple[Cost, ...]
     """A `Cost` for each way to decode."""
-    memory: int | None
-    """The budget in bytes; None where neither the caller nor the device told."""
+    memory: float | int | None
+    """The budget in bytes, infinite for no bound; None where neither caller nor device told."""
 
     def best(self, direction: str) -> Cost:
         """The cheapest way to `"encode"` or `"decode"` that fits the budget.
@@ -95,19 +96,20 @@ class Plan:
                     f"{direction + ', ' + cost.name:22}{_gib(cost.peak):>11}{cost.programs:10}"
                     f"{cost.flop / 1e12:10.3g}{mark}"
                 )
-        return "\n".join([*lines, f"memory: {_gib(self.memory)}"])
+        memory = "no bound" if self.memory == math.inf else _gib(self.memory)
+        return "\n".join([*lines, f"memory: {memory}"])
 
 
 def plan(
     vae: VAE,
     shape: tuple[int, ...],
     *,
-    memory: float | int | None = None,
+    memory: SupportsFloat | None = None,
     tile: tuple[int, int] = _TILE,
     overlap: tuple[int | float, int | float] = _OVERLAP,
     device: Any = None,
 ) -> Plan:
-    """What it takes to encode and decode a video: whole, streamed, in slices and in tiles.
+    """Compares ways to encode and decode a video: whole, streamed, in slices and in tiles.
 
     Compiles the steps of each way without running them, and reads peak memory and arithmetic
     off the programs; to that it adds what of the video itself is on the device. It takes as long
@@ -121,15 +123,16 @@ def plan(
 
     - `vae`: a model, also one of `jax.ShapeDtypeStruct`s, from `eqx.filter_eval_shape`.
     - `shape`: of the video, `(b, t, h, w)` or `(b, t, h, w, 3)`, in frames and pixels.
-    - `memory`: a budget in bytes; None is what the device says it has, where it does.
+    - `memory`: a budget in bytes, `math.inf` for no bound; None is what the device says it has,
+        where it does.
     - `tile`, `overlap`: of tiles, in pixels, and in fractions of them as for `tiled`; by default
         diffusers', 240x360 by a sixth and a fifth.
     - `device`: what to compile for, also one of a described topology that is not there.
 
     **Returns:** a `Plan`: print it, or decode with `plan.best("decode").fn(latents)`.
 
-    **Raises:** `ValueError` for a shape that is none, or a tile as `tiled` has it; `TypeError` for
-    a budget that is no number.
+    **Raises:** `ValueError` for a shape that is none, a tile as `tiled` has it, or a budget that is
+    not above 0; `TypeError` for a budget that is no number.
     """
     cell = vae.config.spatial_compression
     if len(shape) not in (4, 5) or min(shape) < 1 or min(shape[2:4]) < cell:
@@ -141,8 +144,7 @@ def plan(
         raise ValueError(
             f"`shape` must be of a video of {vae.config.in_channels} channels, got {shape}."
         )
-    if isinstance(memory, str):
-        raise TypeError(f"`memory` must be in bytes, such as 16 * 2**30, got {memory!r}.")
+    budget = None if memory is None else _budget(memory)
     if min(tile) < cell or any(side % cell for side in tile):
         raise ValueError(f"`tile` must be in multiples of {cell} pixels, got {tile}.")
     device = jax.devices()[0] if device is None else device
@@ -166,7 +168,7 @@ def plan(
             decoding,
             _struct((b, latents, h // cell, w // cell, vae.config.latent_channels), vae, device),
         ),
-        _limit(device) if memory is None else int(memory),
+        _limit(device) if budget is None else budget,
     )
 
 
@@ -324,8 +326,18 @@ def _cut(x: jax.ShapeDtypeStruct, batch: int, height: int, width: int) -> jax.Sh
     return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
 
 
+def _budget(memory: Any) -> float | int:
+    """Returns a budget in whole bytes, or infinity."""
+    if isinstance(memory, bool) or not isinstance(memory, numbers.Real):
+        raise TypeError(f"`memory` must be in bytes, such as 16 * 2**30, got {memory!r}.")
+    size = float(memory)
+    if not size > 0:
+        raise ValueError(f"`memory` must be above 0 bytes, such as 16 * 2**30, got {memory}.")
+    return size if size == math.inf else int(size)
+
+
 def _limit(device: Any) -> int | None:
-    """What the device has in all, where it tells; one that is not there tells nothing."""
+    """Returns the device's memory in bytes, or None; a device that is not there tells nothing."""
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except (AttributeError, NotImplementedError, RuntimeError):

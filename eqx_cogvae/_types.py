@@ -1,7 +1,9 @@
 """Type aliases, and small questions asked of arrays."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -25,6 +27,38 @@ AnyArray: TypeAlias = Array | np.ndarray
 """What a caller may have: a clip that was read from a file is NumPy's."""
 
 
+class Bound(eqx.Module):
+    """A method and its model, as one PyTree; unlike Equinox's own it says how to compile it."""
+
+    fn: Callable = eqx.field(static=True)
+    model: eqx.Module
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Calls the method."""
+        return self.fn(self.model, *args, **options)
+
+    def __hash__(self) -> int:
+        raise TypeError(UNHASHABLE)
+
+
+class bound:
+    """Decorates a method of a model, so that what cannot take it is told what can."""
+
+    def __init__(self, fn: Callable):
+        self.fn, self.__doc__ = fn, fn.__doc__
+
+    def __get__(self, model: Any, kind: Any = None) -> Any:
+        """Returns the bound method, or the function itself from the class."""
+        return self.fn if model is None else Bound(self.fn, model)
+
+
+UNHASHABLE = (
+    "a model holds arrays, which `jax.jit` and `jax.checkpoint` cannot take in a function: use "
+    "`eqx.filter_jit`, or `eqx.filter_checkpoint`."
+)
+"""The message to those who hash a model, as `jax.jit` does."""
+
+
 def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x` in the dtype for sums over many of its elements: float32, or float64 as it is."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
@@ -35,4 +69,14 @@ def is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-__all__ = ["AnyArray", "Cache", "Key", "ResnetCache", "at_least_float32", "is_traced"]
+__all__ = [
+    "UNHASHABLE",
+    "AnyArray",
+    "Bound",
+    "Cache",
+    "Key",
+    "ResnetCache",
+    "at_least_float32",
+    "bound",
+    "is_traced",
+]

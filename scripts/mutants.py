@@ -273,8 +273,8 @@ MUTANTS = (
     Mutant(
         "a ramp runs backwards",
         _TILED,
-        "at_least_float32(tail) * (1 - ramp) + at_least_float32(head) * ramp",
-        "at_least_float32(tail) * ramp + at_least_float32(head) * (1 - ramp)",
+        "tail.astype(dtype) * (1 - ramp) + head.astype(dtype) * ramp",
+        "tail.astype(dtype) * ramp + head.astype(dtype) * (1 - ramp)",
         "test_tiles",
         "blend",
     ),
@@ -421,7 +421,7 @@ MUTANTS = (
     Mutant(
         "a file is written in place",
         "_files.py",
-        'partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")',
+        "partial = _partial(path.parent, path)",
         "partial = path",
         "test_faults",
         "full_disk_leaves_the_old_file",

@@ -4,7 +4,7 @@
 
 Real files of a very small model are spoilt at random, one at a time, by the tables below. A
 mutation fails when it raises something undocumented, in several lines or without the file's name;
-when what was loaded is not what safetensors' own reader and torch make of the same bytes; when a
+when what was loaded is not what safetensors' own reader makes of the same bytes; when a
 file outside of the checkpoint's folder is opened, or anything is executed; when it takes longer
 than a moment, or more memory than the file has bytes, and some for the model.
 """
@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -31,7 +30,6 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-import torch
 
 import eqx_cogvae as cv
 from eqx_cogvae import _latents, video
@@ -339,14 +337,6 @@ def pretrained_oracle(folder):
     }
 
 
-def original_oracle(folder):
-    try:
-        tensors = torch.load(folder / "3d-vae.pt", weights_only=True)
-    except Exception:
-        return None  # it is stricter in what it skips over, such as damaged checksums
-    return {}, {name: tensor.numpy() for name, tensor in tensors.items()}
-
-
 def latents_oracle(folder):
     tensors = raw(folder / "z.safetensors")
     return None, tensors.get("latents", next(iter(tensors.values())))
@@ -367,25 +357,13 @@ def assert_right(model, due):
             assert model.config.to_dict()[name] == value, name
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     loaded = {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
-    if fields:
-        assert loaded.keys() == tensors.keys()
+    assert loaded.keys() == tensors.keys()
     for name, leaf in loaded.items():
-        due = tensors[name] if fields else tensors[original_name(name)]
+        due = tensors[name]
         axes = {5: "dhwio->oidhw", 4: "hwio->oihw", 1: "c->c"}[leaf.ndim]
         got = np.einsum(axes, np.asarray(leaf))
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(got, due.astype(got.dtype), err_msg=name)
-
-
-def original_name(name):
-    """Of a model with two blocks; those of the decoder are counted from the other end."""
-    level = re.match(r"decoder\.up_blocks\.(\d)\.", name)
-    if level:
-        name = f"decoder.up.{1 - int(level[1])}.{name[level.end() :]}"
-    name = name.replace("encoder.down_blocks.", "encoder.down.")
-    name = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda m: f".mid.block_{int(m[1]) + 1}.", name)
-    name = name.replace(".resnets.", ".block.").replace(".conv_shortcut.", ".nin_shortcut.")
-    return name.replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
 
 
 # The cases.
@@ -424,9 +402,6 @@ def build(folder):
     places = {t: name for name, s in zip(names, shards, strict=True) for t in s}
     sharded[INDEX] = json.dumps({"metadata": {}, "weight_map": places}).encode()
     sharded["config.json"] = single["config.json"]
-    (folder / "pt").mkdir()
-    state = {original_name(k): torch.from_numpy(v.copy()) for k, v in tensors.items()}
-    torch.save(state, folder / "pt" / "3d-vae.pt")
     (folder / "z").mkdir()
     array = np.random.default_rng(0).standard_normal((1, 3, 4, 6, 2)).astype(np.float32)
     record = _latents.Latents(array, False, 0.7, True, 8.0, 8, 12, 5, 9, "0" * 12)
@@ -439,14 +414,9 @@ def build(folder):
     return (
         Case(single, cv.from_pretrained, pretrained_oracle),
         Case(sharded, cv.from_pretrained, pretrained_oracle),
-        Case(files_of(folder / "pt"), load_original, original_oracle),
         Case(files_of(folder / "z"), load_latents, latents_oracle),
         *(Case(files_of(folder / s), partial(load_video, s), nothing) for s in ("mp4", "mkv")),
     )
-
-
-def load_original(folder):
-    return cv.from_original(folder / "3d-vae.pt", CONFIG)
 
 
 def load_latents(folder):

@@ -74,9 +74,10 @@ def decode(model, latents):
 
 
 def quietly(fn, *args):
-    """Calls `fn` where its advice on frame counts is beside the point."""
+    """Calls `fn` where its advice on frame counts and sizes is beside the point."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*nearest good counts")
+        warnings.filterwarnings("ignore", message=r"frames of \d+x\d+ come back as")
         return fn(*args)
 
 

@@ -3,22 +3,26 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import accelerate
 import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from reference import distance, reference
 
 import eqx_cogvae as cv
-from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX, _memory, to_jax, to_torch
+from eqx_cogvae.diffusers import EqxAutoencoderKLCogVideoX, _memory, _running, to_jax, to_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # Halving once, so that few programs are compiled; frames go from 9 to 5.
@@ -185,7 +189,9 @@ def test_a_saved_pipeline_is_diffusers_own(ours, model, tmp_path):
 
 def test_surface(model, ours):
     assert isinstance(ours, torch.nn.Module) and isinstance(ours, type(model))
-    assert repr(ours) == "EqxAutoencoderKLCogVideoX()"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    due = f"EqxAutoencoderKLCogVideoX({count:,} parameters, torch.float32, device='cpu')"
+    assert repr(ours) == due and issubclass(EqxAutoencoderKLCogVideoX, type(model))
     for name in CONFIG.to_dict():
         due = model.config[name]
         assert ours.config[name] == getattr(ours.config, name)
@@ -276,7 +282,7 @@ def test_checkpointing_is_of_the_step(ours):
     for enable in (False, True):
         if enable:
             ours.enable_gradient_checkpointing()
-        _, again = ours._functions(ours.vae.decode_step, 2, (4, 4))
+        _, again = ours._functions(ours.vae.decode_step, 2, None)
         assert ("remat" in str(jax.make_jaxpr(again)(z))) == enable
 
 
@@ -288,9 +294,42 @@ def test_no_gradient_where_none_is_asked_for(ours):
     z.requires_grad_()
     with torch.no_grad():
         assert not ours.decode(z).sample.requires_grad
-    (once,) = torch.autograd.grad(ours.decode(z).sample.pow(2).sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        once.sum().backward()
+
+
+def test_gradients_of_gradients(tmp_path):
+    """The penalty on a gradient, by the latents, of a decoder as small as there can be."""
+    config = cv.Config(
+        block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, latent_channels=2
+    )
+    model = reference(config)
+    model.save_pretrained(tmp_path)
+    ours = EqxAutoencoderKLCogVideoX.from_pretrained(tmp_path)
+    z = noise(1, 2, 1, 2, 2)
+
+    def penalty(vae):
+        x = z.clone().requires_grad_()
+        (once,) = torch.autograd.grad(vae.decode(x).sample.pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(once.pow(2).sum(), x)[0]
+
+    assert distance(penalty(ours), penalty(model)) < 1e-4
+    got, due = (
+        torch.func.grad(lambda x, v=v: v.decode(x).sample.pow(2).sum())(z) for v in (ours, model)
+    )
+    assert distance(got, due.detach()) < 1e-4
+
+
+def test_results_may_be_written_to(model, ours):
+    set_up(model, False, False)
+    z = noise(1, 4, 3, 4, 4)
+    grads = [
+        gradients(lambda z, v=v: v.decode(z).sample.clamp_(-0.1, 0.1).pow_(2).sum(), z)
+        for v in (ours, model)
+    ]
+    assert distance(grads[0][0], grads[1][0]) < 1e-4
+    with torch.no_grad():
+        due = ours.decode(z).sample
+        ours.decode(z).sample.zero_()
+        assert torch.equal(ours.decode(z).sample, due)
 
 
 def test_a_second_call_compiles_nothing(ours):
@@ -372,8 +411,198 @@ def test_the_arguments_that_scripts_give(ours, folder, tmp_path):
         load(folder, use_safetensors=False)
     with pytest.raises(ValueError, match="safetensors alone, not as a pickle"):
         ours.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(TypeError, match="takes no 'variant'; it takes torch_dtype, mesh"):
-        load(folder, variant="fp16")
+
+
+def test_the_dtype_that_is_asked_for(folder):
+    load = EqxAutoencoderKLCogVideoX.from_pretrained
+    assert load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(folder, dtype=torch.float16, torch_dtype=torch.bfloat16).dtype == torch.float16
+    for name in ("auto", "bfloat16"):
+        assert diffusers.AutoencoderKLCogVideoX.from_pretrained(folder, torch_dtype=name).dtype == (
+            torch.float32
+        )
+        with pytest.warns(UserWarning, match=f"'{name}' is no torch.dtype.*torch.float32") as heard:
+            assert load(folder, torch_dtype=name).dtype == torch.float32
+        assert [Path(each.filename).name for each in heard] == [Path(__file__).name]
+
+
+@pytest.mark.parametrize("place", ["cpu", torch.device("cpu"), "auto", "balanced", {"": "cpu"}])
+def test_the_device_that_is_asked_for(place, folder):
+    loaded = EqxAutoencoderKLCogVideoX.from_pretrained(folder, device_map=place)
+    assert loaded.device == torch.device("cpu")
+
+
+def test_fields_of_the_config_that_are_asked_for(folder, tmp_path):
+    load = EqxAutoencoderKLCogVideoX.from_pretrained
+    loaded, faults = load(folder, scaling_factor=2.5, output_loading_info=True)
+    assert loaded.config.scaling_factor == loaded.vae.config.scaling_factor == 2.5
+    due = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder, output_loading_info=True)[1]
+    assert faults.keys() == due.keys() and not any(faults.values())
+    loaded.save_pretrained(tmp_path)
+    assert diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path).config.scaling_factor == 2.5
+    with pytest.raises(ValueError, match=r"`latent_channels` shapes the network.* from 4 to 16"):
+        load(folder, latent_channels=16)
+
+
+NO_ARGUMENTS = {
+    "variant": ("fp16", FileNotFoundError, r"no diffusion_pytorch_model\.fp16\.safetensors in "),
+    "quantization_config": ({"load_in_8bit": True}, ValueError, "`torch_dtype=torch.bfloat16`"),
+    "parallel_config": ("tp", ValueError, "`mesh=`"),
+    "max_memory": ({0: "1GB"}, ValueError, "`device_map=`"),
+    "offload_folder": ("there", ValueError, "stay in memory"),
+    "ignore_mismatched_sizes": (True, ValueError, "config that belongs"),
+    "force_download": (True, ValueError, "`cache_dir`"),
+    "proxies": ({"http": "there"}, ValueError, "HTTPS_PROXY"),
+    "use_flashpack": (True, ValueError, "as safetensors"),
+    "device_map": ({"encoder": 0, "decoder": "cpu"}, ValueError, "name one device"),
+    "torch_dtype": (torch.float8_e4m3fn, ValueError, "weights are of .*got torch.float8_e4m3fn"),
+    "nonsense": (1, TypeError, "takes no 'nonsense'; it takes torch_dtype, dtype, mesh"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ARGUMENTS)
+def test_arguments_that_cannot_be_had(name, folder):
+    value, kind, message = NO_ARGUMENTS[name]
+    load = EqxAutoencoderKLCogVideoX.from_pretrained
+    with pytest.raises(kind, match=message) as raised:
+        load(folder, **{name: value})
+    assert "\n" not in str(raised.value)
+    if name in ("max_memory", "proxies", "quantization_config", "offload_folder"):
+        assert load(folder, **{name: None}).dtype == torch.float32
+
+
+def test_one_file(folder, tmp_path, ours):
+    weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    z = noise(1, 4, 1, 2, 2)
+    due = ours.decode(z).sample
+    load = EqxAutoencoderKLCogVideoX
+    assert torch.equal(load.from_single_file(weights, config=config).decode(z).sample, due)
+    assert torch.equal(load.from_pretrained(weights, config=config).decode(z).sample, due)
+    (tmp_path / "vae").mkdir()
+    shutil.copy(config, tmp_path / "vae")
+    shutil.copy(weights, tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    ours.to(torch.bfloat16).save_pretrained(tmp_path / "vae")
+    for options in ({}, {"subfolder": "vae"}):
+        loaded = load.from_pretrained(tmp_path, variant="fp16", **options)
+        assert torch.equal(loaded.decode(z).sample, due)
+    with pytest.raises(TypeError, match=r"takes a path.*`safetensors\.torch\.save_file`"):
+        load.from_single_file(ours.state_dict())
+    with pytest.raises(TypeError, match="takes no 'subfolder'; it takes config, torch_dtype"):
+        load.from_single_file(weights, subfolder="vae")
+
+
+def test_saving_as_one_of_many_processes(ours, tmp_path):
+    ours.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match=r"`variant='fp16'` cannot be had: .*rename it"):
+        ours.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match="`use_flashpack` cannot be had"):
+        ours.save_pretrained(tmp_path, use_flashpack=True)
+
+
+OFFLOADS = {
+    "sequential": lambda vae, place: accelerate.cpu_offload(vae, torch.device("cpu")),
+    "buffers too": lambda vae, place: accelerate.cpu_offload(vae, offload_buffers=True),
+    "disk": lambda vae, place: accelerate.disk_offload(vae, place, torch.device("cpu")),
+    "model": lambda vae, place: accelerate.cpu_offload_with_hook(vae, torch.device("cpu")),
+    "groups of leaves": lambda vae, place: vae.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level"
+    ),
+    "groups of blocks": lambda vae, place: vae.enable_group_offload(
+        torch.device("cpu"), num_blocks_per_group=1
+    ),
+    "groups from outside": lambda vae, place: diffusers.hooks.apply_group_offloading(
+        vae, torch.device("cpu"), offload_type="leaf_level"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OFFLOADS)
+def test_offloaded_by_accelerate_and_diffusers(kind, ours, tmp_path):
+    z, x = noise(1, 4, 3, 4, 4), noise(1, 3, 5, 8, 8)
+    due = ours.decode(z).sample, ours(x).sample
+    names = ours.state_dict().keys()
+    OFFLOADS[kind](ours, tmp_path)
+    for _ in range(2):
+        assert torch.equal(ours.decode(z).sample, due[0])
+        assert torch.equal(ours(x).sample, due[1])
+    assert ours.device == torch.device("cpu") and ours.state_dict().keys() == names
+    accelerate.hooks.remove_hook_from_module(ours, recurse=True)
+    assert torch.equal(ours.to(torch.float32).decode(z).sample, due[0])
+
+
+@pytest.mark.parametrize("kind", ["sequential", "group"])
+def test_a_pipeline_offloads_it_in_parts(kind, ours):
+    pipe = pipeline("video", ours)
+    due = generate(pipe)
+    if kind == "sequential":
+        # Accelerate offloads a torch module from the CPU to the CPU once, and then fails.
+        pipe._exclude_from_cpu_offload = ["transformer"]
+        pipe.enable_sequential_cpu_offload(device="cpu")
+        assert pipe.vae._hf_hook is not None
+    else:
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    torch.testing.assert_close(generate(pipe), due)
+
+
+def test_offloading_to_disk_by_groups_cannot_be_had(ours, tmp_path):
+    with pytest.raises(ValueError, match=r"stay in memory, halve them by `\.to\(torch.bfloat16"):
+        ours.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path))
+
+
+def test_torch_compile_leaves_it_to_xla(ours):
+    z, x = noise(1, 4, 3, 4, 4), noise(1, 3, 5, 8, 8)
+    decoded, encoded, both = ours.decode(z).sample, ours.encode(x).latent_dist.mean, ours(x).sample
+    options = {"backend": "aot_eager"}
+    assert torch.equal(torch.compile(ours.decode, **options)(z).sample, decoded)
+    assert torch.equal(torch.compile(ours.encode, **options)(x).latent_dist.mean, encoded)
+    assert torch.equal(torch.compile(ours, **options)(x).sample, both)
+
+    @torch.compile(**options)
+    def around(z):
+        return ours.decode(2 * z).sample + 1
+
+    assert torch.equal(around(z / 2), decoded + 1)
+    x.requires_grad_()
+    torch.compile(ours, **options)(x).sample.sum().backward()
+    assert x.grad.isfinite().all()
+    ours.compile(**options)
+    assert torch.equal(ours(x).sample, both)
+
+
+class _Encoded(torch.utils.data.Dataset):
+    """A data set that encodes what it gives, in a worker."""
+
+    def __init__(self, vae):
+        self.vae = vae
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.vae.encode(noise(1, 3, 5, 8, 8)).latent_dist.mean
+
+
+class _Arrays(_Encoded):
+    def __getitem__(self, index):
+        return np.asarray(to_jax(noise(3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+@pytest.mark.parametrize("kind", [_Encoded, _Arrays])
+def test_a_forked_worker_says_spawn(kind, ours):
+    load = torch.utils.data.DataLoader(
+        kind(ours), num_workers=1, multiprocessing_context="fork", timeout=120
+    )
+    with pytest.raises(RuntimeError, match=r"forked copy \d+: start workers by spawn"):
+        next(iter(load))
+
+
+def test_a_spawned_worker_encodes(ours):
+    load = torch.utils.data.DataLoader(
+        _Encoded(ours), num_workers=1, multiprocessing_context="spawn", timeout=600, batch_size=None
+    )
+    assert distance(next(iter(load)), ours.encode(noise(1, 3, 5, 8, 8)).latent_dist.mean) < 1e-6
 
 
 def test_pickled(ours):
@@ -381,6 +610,53 @@ def test_pickled(ours):
     z = noise(1, 4, 1, 2, 2)
     assert type(copy) is EqxAutoencoderKLCogVideoX
     assert torch.equal(copy.decode(z).sample, ours.decode(z).sample)
+
+
+THINGS = {
+    "numpy": (np.zeros((1, 4, 1, 2, 2)), "a NumPy array: `torch.from_numpy` makes a tensor"),
+    "jax": (jnp.zeros((1, 1, 2, 2, 4)), r"a JAX array: `eqx_cogvae\.diffusers\.to_torch` turns"),
+    "none": (None, "builtins's NoneType"),
+    "list": ([[0.0]], "builtins's list"),
+    "output": (
+        AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.zeros(1, 8, 1, 2, 2))),
+        r"AutoencoderKLOutput: take a sample, as `encode\(x\)\.latent_dist\.sample",
+    ),
+    "decoded": (DecoderOutput(sample=torch.zeros(1)), "DecoderOutput: take its `.sample`"),
+}
+
+
+@pytest.mark.parametrize("thing", THINGS)
+def test_what_is_no_tensor(thing, ours, unchecked):
+    value, message = THINGS[thing]
+    for call in (ours.decode, ours.encode, ours.tiled_decode, ours):
+        with pytest.raises(TypeError, match=f"expected a torch tensor .batch.*got .*{message}"):
+            call(value)
+
+
+def test_what_will_not_come_back_warns_at_the_callers_line(ours, monkeypatch):
+    monkeypatch.setattr(_running, "call", lambda fn, again, where, x: torch.zeros(1, 8, 3, 4, 4))
+    for call, message in [
+        (lambda: ours.encode(noise(1, 3, 6, 8, 8)), r"6 frames come back as 5.*are 5 and 9 \(4k"),
+        (lambda: ours.encode(noise(1, 3, 5, 9, 8)), "frames of 9x8 come back as 8x8"),
+        (lambda: ours.decode(noise(1, 4, 4, 4, 4)), "4 latent frames come back as 8.*5 and 9"),
+        (lambda: ours(noise(1, 3, 5, 8, 9)), "frames of 8x9 come back as 8x8"),
+    ]:
+        with pytest.warns(UserWarning, match=message) as heard:
+            call()
+        assert [Path(each.filename).name for each in heard] == [Path(__file__).name]
+    monkeypatch.setattr(_running, "call", lambda fn, again, where, x: torch.zeros(1, 3, 8, 16, 8))
+    pipe = pipeline("text", ours)
+    with pytest.warns(UserWarning, match="4 latent frames come back as 8.*`num_frames=5`") as heard:
+        pipe(
+            prompt_embeds=noise(1, 4, 8),
+            negative_prompt_embeds=noise(1, 4, 8),
+            height=HEIGHT,
+            width=WIDTH,
+            num_frames=7,
+            num_inference_steps=1,
+            output_type="pt",
+        )
+    assert [Path(each.filename).name for each in heard] == [Path(__file__).name]
 
 
 def test_bad_calls(ours):
@@ -461,6 +737,23 @@ def test_layouts(layout):
         assert back.data_ptr() == array.unsafe_buffer_pointer()
 
 
+LAZY = {
+    "negative": torch.tensor([1 + 2j, -0.5j]).conj().imag,
+    "conjugate": torch.tensor([1 + 2j, 3 - 4j]).conj(),
+    "negative video": torch.complex(X, X).conj().imag,
+    "negated view": torch.tensor([1 + 2j, -0.5j]).conj().imag[1:],
+}
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_what_is_still_to_be_negated_or_conjugated(kind):
+    x = LAZY[kind]
+    assert x.is_neg() or x.is_conj()
+    due = torch.clone(x).resolve_neg().resolve_conj().numpy()
+    np.testing.assert_array_equal(to_jax(x), np.moveaxis(due, 1, -1) if x.ndim == 5 else due)
+    assert to_jax(LAZY["negative"]).tolist() == [-2.0, 0.5]
+
+
 def test_trees():
     x = noise(1, 3, 2, 4, 5, dtype=torch.bfloat16).requires_grad_()
     tree = {"video": x, "rest": (torch.arange(3, dtype=torch.int32), None, "name", 2.0)}
@@ -478,6 +771,7 @@ def test_trees():
         (to_jax, torch.zeros(2, dtype=torch.float64), "float64, and JAX has 64 bits off: cast"),
         (to_jax, torch.zeros(2, dtype=torch.int64), "int64, and JAX has 64 bits off: cast"),
         (to_jax, torch.empty(2, dtype=torch.bits8), "JAX has no torch.bits8: cast the tensor"),
+        (to_jax, torch.eye(2).to_sparse(), r"no torch.sparse_coo .* dense one, as `\.to_dense"),
         (to_jax, torch.zeros(2, device="meta"), "cannot reach torch's device meta, it has"),
         (to_torch, jnp.zeros(2, jnp.float8_e3m4), "torch has no dtype float8_e3m4: cast"),
     ],

@@ -1,7 +1,10 @@
 """The latents file."""
 
+import copy
 import dataclasses
+from fractions import Fraction
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,14 @@ import safetensors
 import safetensors.numpy
 
 import eqx_cogvae as cv
-from eqx_cogvae._latents import Latents, check_latents, fingerprint, load_latents, save_latents
+from eqx_cogvae._latents import (
+    Latents,
+    check_latents,
+    exact_fingerprint,
+    fingerprint,
+    load_latents,
+    save_latents,
+)
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4
@@ -144,7 +154,10 @@ def whole():
         (b"\x80\x04 pickle", "is a pickle or an archive"),
         (safetensors.numpy.save({"a": noise(), "b": noise()}), "it holds 2: a, b"),
         (safetensors.numpy.save({}), "it holds 0"),
-        (safetensors.numpy.save({"latents": np.zeros((1, 3, 5, 6, 4), int)}), "floating, got I64"),
+        (
+            safetensors.numpy.save({"latents": np.zeros((1, 3, 5, 6, 4), int)}),
+            "floating, got int64",
+        ),
     ],
 )
 def test_bad_files(content, match, tmp_path):
@@ -196,11 +209,95 @@ def test_save_refuses(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_fingerprint_tells_models_apart():
-    def model(seed=0, dtype=jnp.float32, **fields):
-        config = dataclasses.replace(CONFIG, **fields)
-        return cv.VAE(config, key=jax.random.key(seed), dtype=dtype)
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">f2"])
+def test_big_endian_arrays(dtype, tmp_path):
+    array = noise().astype(dtype)
+    latents = dataclasses.replace(full(array), logvar=-array)
+    save_latents(tmp_path / "z.safetensors", latents)
+    read = load_latents(tmp_path / "z.safetensors")
+    assert read.array.dtype == np.dtype(dtype).newbyteorder("=")
+    np.testing.assert_array_equal(read.array, array)
+    np.testing.assert_array_equal(read.logvar, -array)
 
+
+@pytest.mark.parametrize(
+    ("logvar", "match"),
+    [
+        (np.full_like(noise(), np.nan), r"the logvar of latents\S* .*hold 360 NaN or infinite"),
+        (noise((1, 3, 5, 6, 2)), r"have the shape of their mean, \(1, 3, .* got \(1, 3, 5, 6, 2\)"),
+        (noise((1, 3, 5, 6)), r"the logvar of latents\S* .*"),
+        (noise().astype(np.int32), r"the logvar of latents\S* .* got int32|floating, got int32"),
+    ],
+    ids=["nan", "channels", "rank", "dtype"],
+)
+def test_a_broken_posterior(logvar, match, tmp_path, unchecked):
+    path = tmp_path / "z.safetensors"
+    with pytest.raises(ValueError, match=match):
+        save_latents(path, dataclasses.replace(full(noise()), logvar=logvar))
+    assert not path.exists()
+    tensors = {"latents": noise(), "logvar": logvar}
+    safetensors.numpy.save_file(tensors, path, {"layout": "BTHWC"})
+    with pytest.raises(ValueError, match=rf"z\.safetensors.*|{match}") as info:
+        load_latents(path)
+    assert "z.safetensors" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"fps": np.inf}, {"fps": np.nan}, {"fps": 0.0}, {"fps": -8.0}, {"frames": 0}),
+        *({"height": -1}, {"start": -1}, {"scaling_factor": np.inf}, {"fingerprint": "../x"}),
+        *({"source": "\udcff.mp4"}, {"source_sha256": "x"}, {"scaled": "maybe"}, {"width": 1.5}),
+    ],
+    ids=str,
+)
+def test_fields_that_could_not_be_read_back(fields, tmp_path, unchecked):
+    ((name, _),) = fields.items()
+    with pytest.raises(ValueError, match=rf"latents with {name}=.* cannot be written to \S+z\.saf"):
+        save_latents(tmp_path / "z.safetensors", dataclasses.replace(full(noise()), **fields))
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_and_of_fractions(tmp_path, unchecked):
+    latents = Latents(
+        noise(), np.bool_(True), np.float32(0.5), fps=Fraction(15, 2), frames=np.int64(9)
+    )
+    save_latents(tmp_path / "z.safetensors", latents)
+    read = load_latents(tmp_path / "z.safetensors")
+    assert (read.scaled, read.scaling_factor, read.fps, read.frames) == (True, 0.5, 7.5, 9)
+
+
+def test_dtypes_that_files_have_not(tmp_path, unchecked):
+    for dtype in (np.longdouble, jnp.float8_e4m3fn):
+        with pytest.raises(ValueError, match="in one of float64, float32, float16, bfloat16, got"):
+            save_latents(tmp_path / "z.safetensors", full(noise().astype(dtype)))
+
+
+def test_a_full_disk_is_named_by_the_destination(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits on files are of Unix")
+    vae, old = model(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = lambda path: cv.save_pretrained(vae, path)  # noqa: E731
+    for write, path in ((save_full, tmp_path / "z.safetensors"), (save, tmp_path / "vae")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, old[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as info:
+                write(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert info.value.filename == str(path) and str(info.value).endswith(f": '{path}'")
+    assert not list(tmp_path.iterdir())
+
+
+def save_full(path):
+    save_latents(path, full(noise()))
+
+
+def model(seed=0, dtype=jnp.float32, pad_mode="first", **fields):
+    config = dataclasses.replace(CONFIG, **fields)
+    return cv.VAE(config, key=jax.random.key(seed), dtype=dtype, pad_mode=pad_mode)
+
+
+def test_fingerprint_tells_models_apart():
     vae = model()
     assert len(fingerprint(vae)) == 12
     assert fingerprint(vae) == fingerprint(model())
@@ -208,3 +305,50 @@ def test_fingerprint_tells_models_apart():
     assert fingerprint(vae) == fingerprint(halved)
     assert fingerprint(vae) != fingerprint(model(seed=1))
     assert fingerprint(vae) != fingerprint(model(scaling_factor=0.7))
+
+
+def test_fingerprints_of_ordinary_models_stay():
+    """They are in people's files. The digits were those of version 0.1.0."""
+    vae = cv.from_pretrained("tiny")
+    assert fingerprint(vae) == "36445e18a238"
+    assert exact_fingerprint(vae).startswith("dc97bc3651d8")
+
+
+def other_block(vae, **fields):
+    """The model with other fields in its last block."""
+    at = lambda vae: vae.decoder.up_blocks[-1].resnets[-1]  # noqa: E731
+    block = copy.copy(at(vae))
+    for name, value in fields.items():
+        object.__setattr__(block, name, value)
+    return eqx.tree_at(at, vae, block)
+
+
+class Scaled(eqx.Module):
+    """A norm of a user's, whose only number is a leaf and no array."""
+
+    by: float
+
+    def __call__(self, x, latents=None):
+        return self.by * x
+
+
+def test_whatever_changes_the_function_changes_the_fingerprint():
+    vae = model()
+    models = [
+        vae,
+        model(pad_mode="replicate"),
+        other_block(vae, act_fn="relu"),
+        other_block(vae, norm1=Scaled(2.0)),
+        other_block(vae, norm1=Scaled(3.0)),
+        other_block(vae, norm1=jnp.tanh),
+        other_block(vae, norm1=jnp.sinh),
+        eqx.tree_at(lambda v: v.encoder, vae, None),
+        eqx.tree_at(lambda v: v.decoder, vae, None),
+    ]
+    for digits in (fingerprint, exact_fingerprint):
+        assert len({digits(each) for each in models}) == len(models)
+        # Padding by the first frame is the same under either name.
+        assert digits(model(pad_mode="constant")) == digits(vae)
+        host = jax.tree.map(np.asarray, vae)
+        swapped = jax.tree.map(lambda x: x.astype(x.dtype.newbyteorder(">")), host)
+        assert digits(host) == digits(swapped) == digits(vae)

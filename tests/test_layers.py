@@ -198,5 +198,5 @@ def test_a_resnet_block_with_spatial_norms_asks_for_latents():
     block = _resnet.ResnetBlock(
         4, 4, groups=2, eps=1e-6, act_fn="silu", latents=3, pad_mode="first", key=KEY
     )
-    with pytest.raises(ValueError, match="needs `latents=`"):
+    with pytest.raises(TypeError, match="latents"):
         block(normal((1, 1, 4, 4, 4)))

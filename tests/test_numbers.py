@@ -129,7 +129,7 @@ STRICT = {
 def test_strict_modes_run_clean(switch):
     """By concrete calls, and in the modes that look at values or dtypes in the backward pass."""
     vae, key = cv.VAE(SHALLOW, key=jax.random.key(0)), jax.random.key(1)
-    clip, latents = jax.random.uniform(key, (1, 9, 4, 4, 3)), normal(LATENTS)
+    clip, latents = jax.random.uniform(key, (1, 9, 4, 4, 3), minval=-1.0), normal(LATENTS)
     due = vae.decode(latents)
     with STRICT[switch]():
         posterior = vae.encode(clip)

@@ -1,5 +1,7 @@
 """The plan against what running takes: programs, bytes of the compiled steps, arithmetic."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -197,6 +199,25 @@ def test_a_model_without_weights(vae):
 def test_bad_plans(shape, options, message, vae):
     with pytest.raises(ValueError, match=message):
         cv.plan(vae, shape, **options)
+
+
+@pytest.mark.parametrize("memory", [math.inf, np.float64(np.inf), 2.5e9, np.int64(2**40)])
+def test_budgets(memory, vae):
+    plan = cv.plan(vae, (1, 9, 8, 8), memory=memory)
+    assert plan.memory == (memory if np.isinf(memory) else int(memory))
+    assert all(map(plan.fits, plan.decode))
+    assert str(plan).endswith("memory: no bound") == bool(np.isinf(memory))
+
+
+def test_bad_budgets(unchecked, vae):
+    for memory in (math.nan, 0, -1.0, -math.inf):
+        with pytest.raises(
+            ValueError, match=r"`memory` must be above 0 bytes.*got (nan|0|-1.0|-i)"
+        ):
+            cv.plan(vae, (1, 9, 8, 8), memory=memory)
+    for memory in ("16 GB", True, 1j):
+        with pytest.raises(TypeError, match=r"`memory` must be in bytes.*got ('16|True|1j)"):
+            cv.plan(vae, (1, 9, 8, 8), memory=memory)
 
 
 def test_what_the_compiler_finds_no_room_for_does_not_fit(vae, monkeypatch):

@@ -147,6 +147,18 @@ def test_a_step_that_fails_midway_says_where():
         joined(cv.streamed(step, 2)(normal((1, 5, 1))))
 
 
+def test_a_cache_that_was_given_to_a_step_that_failed_says_so():
+    def step(x, cache):
+        return counting(eqx.error_if(x, jnp.max(x) > 3, "too large"), cache)
+
+    stream = cv.streamed(step, 2)(jnp.arange(6.0).reshape(1, 6, 1))
+    with pytest.raises(RuntimeError, match=r"stopped at frame 4.*too large"):
+        joined(stream)
+    with pytest.raises(AttributeError, match="given to the step that failed at frame 4: resume"):
+        _ = stream.cache
+    assert stream.frame == 4
+
+
 def test_a_step_that_fails_at_once_is_heard_itself(vae):
     with pytest.raises(ValueError, match="looks like BCTHW"):
         joined(cv.streamed(vae.decode_step, 2)(jnp.zeros((1, 3, 3, 4, 4))))

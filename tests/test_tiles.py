@@ -213,9 +213,39 @@ def test_blend_takes_the_end_of_what_came_before():
         cv.blend(before, after, -1, 0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int16, jnp.bfloat16, jnp.float16])
+def test_blend_rounds_to_the_nearest(dtype):
+    before, after = (jnp.asarray(x, dtype) for x in ([255, 200, 9, 4], [255, 3, 100, 7]))
+    ramp = np.arange(4) / 4
+    due = np.asarray(before, np.float64) * (1 - ramp) + np.asarray(after, np.float64) * ramp
+    np.testing.assert_array_equal(
+        cv.blend(before, after, 4, 0),
+        jnp.asarray(due).astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else np.rint(due),
+    )
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_seams_of_pixels_do_not_darken(traced):
+    """White stays white where the ramp's two weights add up to a little less than one."""
+    step = cv.as_uint8(lambda x, cache: (x, cache))
+    fn = cv.tiled(cv.framewise(step, 2), (50, 50), (0.5, 0.5))
+    x = jnp.ones((1, 2, 60, 60, 3))
+    assert (np.asarray(eqx.filter_jit(fn)(x) if traced else fn(x)) == 255).all()
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, jnp.int32])
+def test_sizes_may_be_numbers_of_any_library(kind):
+    fn = cv.tiled(nearest, (kind(4), kind(6)), (np.float32(0.25), np.float64(0.5)))
+    assert fn.size == (4, 6) and {type(side) for side in fn.size} == {int}
+    assert fn.overlap == (0.25, 0.5)
+    x = normal((1, 1, 8, 9, 2))
+    np.testing.assert_allclose(fn(x), nearest(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("size", "overlap", "options", "message"),
     [
+        ((np.int64(0), 4), (0, 0), {}, r"whole numbers of at least 1, got \(0, 4\)"),
         ((0, 4), (0, 0), {}, r"whole numbers of at least 1, got \(0, 4\)"),
         ((4, 4), (1.0, 0), {}, r"must lie in \[0, 1\), got \(1.0, 0\)"),
         ((4, 4), (-0.1, 0), {}, r"must lie in \[0, 1\)"),

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 from reference import SHALLOW, distance, normal
 
 import eqx_cogvae as cv
@@ -225,9 +226,55 @@ def test_a_state_of_another_model(vae, trainer, tmp_path):
     other = cv.VAE(cv.Config(block_out_channels=(4, 4), norm_num_groups=4), key=jax.random.key(0))
     with pytest.raises(ValueError, match="not a state of this model and optimiser"):
         training.load_state(path, trainer.init(other))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="not a state of this model and optimiser"):
+    whole = path.read_bytes()
+    for content in (whole[:1000], whole[:-4], whole + b"1234", b"", b"\x93NUMPY\x01\0"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"not a state of this model and .*not a complete"):
+            training.load_state(path, trainer.init(vae))
+    safetensors.numpy.save_file({"a": np.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"it holds a of float64\[3\], .*the format None; due is "):
         training.load_state(path, trainer.init(vae))
+
+
+MOMENTUM = optax.sgd(1e-3, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("saved", "like", "match"),
+    [
+        (optax.rmsprop(1e-3), MOMENTUM, r"it holds \.optimiser\[0\]\.nu\S+.* due is .*\.trace"),
+        (MOMENTUM, optax.rmsprop(1e-3), r"it holds \.optimiser\[0\]\.trace.* due is .*\.nu"),
+        (optax.sgd(1e-3), MOMENTUM, r"it holds .*; due is \.optimiser\[0\]\.trace"),
+        (MOMENTUM, optax.sgd(1e-3), r"it holds \.optimiser\[0\]\.trace\S+ of"),
+        # The same names, and other numbers.
+        (optax.adam(1e-3), optax.adabelief(1e-3), "an optimiser of ScaleByAdamState; due is an o"),
+    ],
+    ids=["rmsprop", "momentum", "nothing", "to nothing", "the same names"],
+)
+def test_a_state_of_another_optimiser(saved, like, match, vae, tmp_path):
+    training.save_state(tmp_path / "state", training.Trainer(saved).init(vae))
+    with pytest.raises(ValueError, match=match) as info:
+        training.load_state(tmp_path / "state", training.Trainer(like).init(vae))
+    assert "\n" not in str(info.value) and len(str(info.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.adamw(1e-3)),
+        optax.inject_hyperparams(optax.adam)(learning_rate=1e-3),
+    ],
+    ids=["a key", "numbers"],
+)
+def test_states_of_other_kinds_come_back(optimiser, vae, tmp_path):
+    state = training.Trainer(optimiser, trainable=training.decoder_only).init(vae)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.average)
+    state = eqx.tree_at(lambda s: (s.average, s.step), state, (half, jnp.int32(7)))
+    training.save_state(tmp_path / "state", state)
+    blank = jax.tree.map(jnp.zeros_like, eqx.filter(state, eqx.is_inexact_array))
+    like = eqx.combine(blank, state)
+    like = eqx.tree_at(lambda s: s.step, like, jnp.int32(0))
+    assert eqx.tree_equal(training.load_state(tmp_path / "state", like), state)
 
 
 @pytest.mark.parametrize(

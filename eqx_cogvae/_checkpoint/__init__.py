@@ -1,4 +1,4 @@
-"""Checkpoints: reading, writing, and the one place where layouts change."""
+"""Checkpoints: reading, writing, names of tensors, and the one place where layouts change."""
 
 from .checkpoint import (
     from_original as from_original,

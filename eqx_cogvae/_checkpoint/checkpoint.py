@@ -1,19 +1,13 @@
-"""Checkpoints: loading, saving, and the one place where layouts change.
+"""Checkpoints: loading and saving, one tensor at a time."""
 
-The path of a leaf in the tree, its parts joined by dots, is the tensor's name in diffusers.
-"""
-
-import functools
 import json
 import os
-import re
-import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,38 +15,38 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from .._autoencoder import VAE
-from .._config import Config
-from .._files import atomic, beside, check_regular
-from .files import CONFIG, INDEX, SHARD, WEIGHTS, find, read_json
-from .tensors import FLOATS, Stored, empty, read_safetensors, write_safetensors
-from .torch_pickle import read_torch
+from .._config import Config, read_fields
+from .._files import check_regular, staged
+from .files import CONFIG, INDEX, PICKLES, SHARD, WEIGHTS, find, read_json
+from .fingerprints import departures, is_array, skeleton
+from .names import file_names, from_stored, named, own_tensors, tensor_names, to_stored
+from .tensors import (
+    FLOATS,
+    FLOATS_OF_8_BITS,
+    Stored,
+    empty,
+    read_safetensors,
+    read_torch,
+    write_safetensors,
+)
 
 # The version whose files these are; diffusers writes it down and does not ask for it.
 _DIFFUSERS_VERSION = "0.42.1"
-# Torch's OIDHW and OIHW to our DHWIO and HWIO; all else is laid out alike.
-_LAYOUTS = {5: (2, 3, 4, 1, 0), 4: (2, 3, 1, 0)}
 _SHOWN = 8
 _LONGEST = 200
 _FEW = 100
 _CHUNK = 1 << 20
-
-# From names in diffusers to those in the original; the order of up blocks is also reversed.
-_ORIGINAL = (
-    (r"^encoder\.down_blocks\.", "encoder.down."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.resnets\.", ".block."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.downsamplers\.0\.", ".downsample."),
-    (r"\.upsamplers\.0\.", ".upsample."),
+_HINT = "give the config that belongs to these weights."
+_PICKLED = (
+    "is a pickle, which may run code when opened, and safetensors are due: load it with "
+    "`from_original`, which executes nothing, or convert it with diffusers' `save_pretrained`."
 )
-_ORIGINAL_NESTS = ("model", "module", "state_dict")
-_ORIGINAL_PREFIX = "first_stage_model."
 
 
 def from_pretrained(
     name_or_path: str | os.PathLike,
     *,
+    config: Config | str | os.PathLike | None = None,
     subfolder: str | None = None,
     dtype: Any = None,
     revision: str | None = None,
@@ -61,73 +55,98 @@ def from_pretrained(
     local_files_only: bool = False,
     mesh: Mesh | None = None,
 ) -> VAE:
-    """Loads a checkpoint in diffusers' layout.
+    """Loads a checkpoint: a directory, a hub id, `"tiny"`, or one safetensors file.
 
-    `name_or_path` is a directory with `config.json` and `diffusion_pytorch_model.safetensors`,
-    or with both under `vae/`; a hub id, where `vae/` is looked into first; or `"tiny"`, which
-    is embedded. `subfolder` names another place. Weights may be sharded, and are found under a
-    variant's name (`.fp16.`) when that is the only one; on the hub `fp16` goes before `bf16`.
+    Weights may be sharded, and are found under a variant's name (`.fp16.`) when that is the only
+    one; on the hub `fp16` goes before `bf16`. Tensors have the names of diffusers or of
+    zai-org's original, alone or under the prefix `vae.` or `first_stage_model.` of a whole
+    model's file. Those of a loss (`loss.`) are left out.
 
-    `dtype` None keeps that of the checkpoint (float32, when it mixes several). `mesh` puts a
-    copy of the weights on each of its devices. `revision`, `token`, `cache_dir` and
-    `local_files_only` are for the hub.
+    **Arguments:**
+
+    - `name_or_path`: a directory with `config.json` and `diffusion_pytorch_model.safetensors`,
+        or with both under `vae/`; a hub id, where `vae/` is looked into first; `"tiny"`, which
+        is embedded; or a `.safetensors` file, together with `config`.
+    - `config`: a `Config`, the name of a `Config.preset`, or the path of a `config.json` or its
+        directory. It is needed for a file; elsewhere it takes the place of `config.json`.
+    - `subfolder`: another place of the files in a directory or on the hub.
+    - `dtype`: of the weights; None keeps that of the checkpoint (float32, when it mixes several).
+        Weights of 8 bits need one to be cast to, and torch to be read.
+    - `revision`, `token`, `cache_dir`, `local_files_only`: as in `huggingface_hub`.
+    - `mesh`: devices, on each of which a copy of the weights is put.
+
+    **Returns:** the model. Keys of `config.json` that change nothing, such as `sample_size`, are
+    ignored with a warning.
 
     **Raises:** `ValueError` that names all missing, unexpected, misshapen and not finite
-    tensors; for a config of another model, a truncated file, a pickle; `FileNotFoundError`;
-    `OSError` where the hub does not give the files.
+    tensors; for a config of another model, a truncated file, a pickle, a file without `config`;
+    `FileNotFoundError`; `OSError` where the hub does not give the files.
     """
     files = find(
         name_or_path,
         subfolder,
+        configured=config is not None,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    config = _read_config(files.config)
+    found, ignored = _read_config(files.config) if files.config else _given_config(config)
+    if ignored:
+        warnings.warn(ignored, stacklevel=2)
     tensors: dict[str, Stored] = {}
     for path in files.weights:
-        shard = read_safetensors(path)
+        _, shard = read_safetensors(path, _PICKLED)
         if twice := tensors.keys() & shard.keys():
             raise ValueError(f"{path} holds {min(twice)!r} again: copy or download all shards.")
         tensors |= shard
-    hint = f"use the {CONFIG} that belongs to these weights."
-    if any(re.match(r"(first_stage_model\.)?encoder\.down\.\d", name) for name in tensors):
-        hint = "these are the names of zai-org's 3d-vae.pt, load it with `from_original`."
-    where = str(files.weights[0] if len(files.weights) == 1 else files.config.parent)
-    _check_depth(config, len(tensors), where, hint)
-    skeleton = _skeleton(config)
-    names = list(_named(skeleton))
-    return _filled(skeleton, names, tensors, _dtype(dtype, tensors), mesh, where, hint)
+    where = files.weights[0] if len(files.weights) == 1 else files.weights[0].parent
+    return _filled(found, own_tensors(tensors), dtype, mesh, str(where))
 
 
-def from_original(path: str | os.PathLike, config: Config | None = None, dtype: Any = None) -> VAE:
-    """Loads a checkpoint of zai-org/CogVideo: `3d-vae.pt`, or the same names in safetensors.
+def from_original(
+    path: str | os.PathLike,
+    config: Config | str | os.PathLike | None = None,
+    dtype: Any = None,
+) -> VAE:
+    """Loads zai-org's `3d-vae.pt`, or another state dict in a file of torch or safetensors.
 
-    Nothing in a pickle is executed: it is refused if it asks for more than tensors. `config`
-    None is that of CogVideoX-2b; 5b and 1.5 differ in `scaling_factor` alone, see
-    `Config.preset`. `dtype` None keeps that of the file.
+    A file of torch is read by `torch.load(weights_only=True)`, which executes nothing in it, and
+    needs `eqx_cogvae[diffusers]`. Names are those of the original or of diffusers.
 
-    **Raises:** `ValueError` as `from_pretrained`, for a pickle that asks for more than tensors,
-    and for the format of torch before 1.6; `FileNotFoundError`; `IsADirectoryError`.
+    **Arguments:**
+
+    - `path`: the file.
+    - `config`: as in `from_pretrained`; None is that of CogVideoX-2b. 5b and 1.5 differ in the
+        latents' scale alone, see `Config.preset`.
+    - `dtype`: of the weights; None keeps that of the file.
+
+    **Returns:** the model.
+
+    **Raises:** `ValueError` as `from_pretrained`, and for a pickle that asks for more than
+    tensors; `ImportError` where torch is needed and missing; `FileNotFoundError`;
+    `IsADirectoryError`.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(
             f"{path} is a directory: name the file in it, such as 3d-vae.pt, or use "
-            "`from_pretrained` for diffusers' layout."
+            "`from_pretrained`."
         )
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}: give a 3d-vae.pt.")
     check_regular(path)
-    config = Config() if config is None else config
-    tensors = _original_tensors(path)
-    hint = "pass the `config=` that belongs to these weights."
-    if any(name.startswith("encoder.down_blocks.") for name in tensors):
-        hint = "these are diffusers' names, load them with `from_pretrained`."
-    skeleton, blocks = _skeleton(config), len(config.block_out_channels)
-    names = [_original_name(name, blocks) for name in _named(skeleton)]
-    return _filled(skeleton, names, tensors, _dtype(dtype, tensors), None, str(path), hint)
+    found, ignored = (Config(), "") if config is None else _given_config(config)
+    if ignored:
+        warnings.warn(ignored, stacklevel=2)
+    tensors = own_tensors(_original_tensors(path))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Stored):
+            raise ValueError(
+                f"{name!r} in {path} is of type {type(tensor).__name__}, and a tensor is due: "
+                "save the state dict alone."
+            )
+    return _filled(found, tensors, dtype, None, str(path))
 
 
 def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
@@ -138,55 +157,43 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
     A process killed at the very end of saving over a checkpoint of another config leaves none, if
     it does not leave the old or the new one: never a mixture.
 
-    **Raises:** `ValueError` for a model that is not whole, or that pads by replication, which
-    diffusers' config cannot say; `OSError` where the files cannot be written.
+    **Arguments:**
+
+    - `vae`: the whole model, each parameter a floating array.
+    - `path`: the directory; missing parents are created.
+
+    **Raises:** `ValueError` for a model that is not whole, or that computes something else than
+    its config says, such as one that pads by replication; `OSError` where the files cannot be
+    written.
     """
-    if vae.encoder.conv_in.pad_mode == "replicate":
-        raise ValueError(
-            "a model with pad_mode='replicate' cannot be saved: diffusers' config has no word "
-            "for it, and would load another model; use `eqx.tree_serialise_leaves`."
-        )
     tensors = stored_tensors(vae)
     fields = {"_class_name": "AutoencoderKLCogVideoX", "_diffusers_version": _DIFFUSERS_VERSION}
     text = json.dumps(fields | vae.config.to_dict(), indent=2) + "\n"
-
-    def write(config: Path, weights: Path) -> None:
-        config.write_text(text, encoding="utf-8")
-        write_safetensors(weights, tensors, {"format": "pt"})
-
     path = Path(os.path.abspath(path))
-    if path.is_dir():
-        with beside(path / CONFIG) as config, beside(path / WEIGHTS) as weights:
-            write(config, weights)
-            _replace(path, config, weights)
-        return
-    if path.exists():
-        raise NotADirectoryError(f"cannot write {path}: it is a file, name a directory.")
-    top = path
-    while not top.parent.exists():
-        top = top.parent
-    with atomic(top) as partial:
-        folder = partial / path.relative_to(top)
-        try:
-            folder.mkdir(parents=True)
-            write(folder / CONFIG, folder / WEIGHTS)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with staged(path) as folder:
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        if not path.exists():
+            try:
+                os.replace(folder, path)
+                return
+            except OSError:
+                if not path.is_dir():
+                    raise
+                # Another process has just saved to the same place.
+        _replace(path, folder / CONFIG, folder / WEIGHTS)
 
 
 def _filled(
-    skeleton: VAE,
-    names: list[str],
-    tensors: Mapping[str, Stored],
-    dtype: np.dtype,
-    mesh: Mesh | None,
-    where: str,
-    hint: str,
+    config: Config, tensors: Mapping[str, Stored], dtype: Any, mesh: Mesh | None, where: str
 ) -> VAE:
-    """The VAE, one tensor after another; `names` are those of its leaves in the file."""
-    shapes, structure = jax.tree.flatten(skeleton)
+    """Returns the VAE with the tensors of a file, read one after another."""
+    _check_depth(config, len(tensors), where)
+    vae = skeleton(config)
+    names = file_names(named(vae), tensors, len(config.block_out_channels))
+    shapes, structure = jax.tree.flatten(vae)
     due = dict(zip(names, shapes, strict=True))
+    dtype = _dtype(dtype, tensors, where)
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     faults = defaultdict(list)
     faults["missing"] = [name for name in due if name not in tensors]
@@ -194,7 +201,7 @@ def _filled(
     for name, tensor in tensors.items():
         if name not in due:
             faults["unexpected"].append(name)
-        elif tensor.dtype not in FLOATS:
+        elif tensor.dtype not in FLOATS.keys() | FLOATS_OF_8_BITS:
             faults["not floating"].append(f"{name} of {tensor.dtype}")
         elif tensor.shape != (shape := _stored_shape(due[name].shape)):
             faults["misshapen"].append(f"{name} {list(tensor.shape)} for {list(shape)}")
@@ -206,12 +213,12 @@ def _filled(
                 # Waiting lets go of the host's copy before the next tensor is read.
                 leaves[name] = jax.block_until_ready(jax.device_put(array, place))
     if any(faults.values()):
-        raise ValueError(_complaint(where, faults, dtype, hint))
+        raise ValueError(_complaint(where, faults, dtype))
     return jax.tree.unflatten(structure, [leaves[name] for name in names])
 
 
-def _complaint(where: str, faults: Mapping[str, list[str]], dtype: np.dtype, hint: str) -> str:
-    parts = []
+def _complaint(where: str, faults: Mapping[str, list[str]], dtype: np.dtype) -> str:
+    parts, hint = [], _HINT
     for fault, names in faults.items():
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -222,47 +229,25 @@ def _complaint(where: str, faults: Mapping[str, list[str]], dtype: np.dtype, hin
     return f"the tensors in {where} do not fit the model; {'; '.join(parts)}; {hint}"
 
 
-def _check_depth(config: Config, held: int, where: str, hint: str) -> None:
-    """Raises for a config whose very skeleton would take longer than the file is large."""
+def _check_depth(config: Config, held: int, where: str) -> None:
+    """Raises `ValueError` for a config whose skeleton alone would be too large for the file."""
     resnets = len(config.block_out_channels) * (2 * config.layers_per_block + 1)
     # Two convolutions and more in each, and a file may lack some.
     if resnets > max(2 * held, _FEW):
         raise ValueError(
             f"the {held} tensors in {where} do not fit the model, which has {resnets} resnet "
-            f"blocks, by `layers_per_block`={config.layers_per_block}; {hint}"
+            f"blocks, by `layers_per_block`={config.layers_per_block}; {_HINT}"
         )
 
 
-@functools.lru_cache(maxsize=1)
-def _skeleton(config: Config) -> VAE:
-    """The VAE with shapes in the place of arrays: nothing is allocated."""
-    return eqx.filter_eval_shape(lambda: VAE(config, key=jax.random.key(0)))
-
-
-def tensor_names(vae: VAE) -> VAE:
-    """The same tree with the tensors' names in diffusers for leaves."""
-    name = lambda path, leaf: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
-    return jax.tree_util.tree_map_with_path(name, vae)
-
-
-def _named(vae: VAE) -> dict[str, Any]:
-    """The leaves by their names in diffusers, in the tree's order."""
-    return dict(zip(jax.tree.leaves(tensor_names(vae)), jax.tree.leaves(vae), strict=True))
-
-
 def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in _to_stored(len(shape)))
-
-
-def _to_stored(rank: int) -> tuple[int, ...]:
-    axes = _LAYOUTS.get(rank, tuple(range(rank)))
-    return tuple(axes.index(axis) for axis in range(rank))
+    return tuple(shape[axis] for axis in to_stored(len(shape)))
 
 
 def _laid_out(tensor: Stored, dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-    """Read, transposed and cast in one copy."""
+    """Reads a tensor, and transposes and casts it in one copy."""
     array = tensor.read()
-    array = array.transpose(_LAYOUTS.get(array.ndim, tuple(range(array.ndim))))
+    array = array.transpose(from_stored(array.ndim))
     result = empty(array.shape, dtype.name)
     # What overflows is reported by name.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -271,16 +256,22 @@ def _laid_out(tensor: Stored, dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
 
 
 def _is_finite(array: Shaped[np.ndarray, "..."]) -> bool:
-    """Piece by piece: the mask of a whole array is a quarter of its size or more."""
+    # The mask of a whole array would be a quarter of its size or more.
     flat = array.reshape(-1)
     return all(np.isfinite(flat[i : i + _CHUNK]).all() for i in range(0, flat.size, _CHUNK))
 
 
-def _dtype(asked: Any, tensors: Mapping[str, Stored]) -> np.dtype:
+def _dtype(asked: Any, tensors: Mapping[str, Stored], where: str) -> np.dtype:
     doubles = jnp.result_type(float) == jnp.float64
+    held = {tensor.dtype for tensor in tensors.values()}
     if asked is None:
-        held = {tensor.dtype for tensor in tensors.values()} & FLOATS.keys()
-        name = held.pop() if len(held) == 1 else "float32"
+        if small := held & FLOATS_OF_8_BITS:
+            raise ValueError(
+                f"{where} holds {min(small)} weights, in which nothing is computed: ask for "
+                "another `dtype=`, such as `jnp.bfloat16`."
+            )
+        known = held & FLOATS.keys()
+        name = known.pop() if len(known) == 1 else "float32"
         return FLOATS[name if doubles or name != "float64" else "float32"]
     try:
         name = jnp.dtype(asked).name
@@ -296,10 +287,31 @@ def _dtype(asked: Any, tensors: Mapping[str, Stored]) -> np.dtype:
     return FLOATS[name]
 
 
-def _read_config(path: Path) -> Config:
+def _given_config(config: Config | str | os.PathLike | None) -> tuple[Config, str]:
+    """Returns the config that a user names, and a warning of what was ignored in its file."""
+    if isinstance(config, Config):
+        return config, ""
+    if not isinstance(config, str | os.PathLike):
+        raise TypeError(
+            "`config` must be a Config, the name of a preset, or a path, "
+            f"got a {type(config).__name__}."
+        )
+    path = Path(config).expanduser()
+    # A preset's name is the preset even beside a folder of this name, as "tiny" is the weights.
+    if isinstance(config, str) and (path.name == config or not path.exists()):
+        try:
+            return Config.preset(config), ""
+        except ValueError as error:
+            if not path.exists():
+                raise ValueError(f"`config` {config!r} is no file, and {error}") from error
+    return _read_config(path / CONFIG if path.is_dir() else path)
+
+
+def _read_config(path: Path) -> tuple[Config, str]:
+    """Returns the config in a file, and a warning of the keys that were ignored."""
     fields = read_json(path)
     try:
-        return Config.from_dict(fields)
+        config, ignored = read_fields(fields)
     except TypeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -307,15 +319,20 @@ def _read_config(path: Path) -> Config:
         ) from error
     except ValueError as error:
         raise ValueError(f"in {path}: {error}") from error
+    return config, f"in {path}: {ignored}" if ignored else ""
 
 
 def stored_tensors(vae: VAE) -> dict[str, Stored]:
-    """The leaves by diffusers' names, as torch lays them out.
+    """Returns the leaves by diffusers' names, as torch lays them out.
 
-    **Raises:** `ValueError` for a model that is not whole.
+    **Raises:** `ValueError` for a model that is not whole, or not as its config says.
     """
-    due = _named(_skeleton(vae.config))
-    leaves = {name: leaf for name, leaf in _named(vae).items() if eqx.is_array(leaf)}
+    due = named(skeleton(vae.config))
+    leaves = {
+        name: leaf
+        for name, leaf in named(vae).items()
+        if is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
+    }
     wrong = [
         name
         for name in due.keys() | leaves.keys()
@@ -329,16 +346,21 @@ def stored_tensors(vae: VAE) -> dict[str, Stored]:
             f"cannot save a model that is not as its config says, in {len(wrong)} places, "
             f"such as {min(wrong)}: give every parameter as a floating array."
         )
+    for place, what in departures(vae).items():
+        raise ValueError(
+            f"cannot save a model with {place.strip('.')}={what}: diffusers' config has no word "
+            "for it, and another model would be loaded; use `eqx.tree_serialise_leaves`."
+        )
     return {name: _stored_leaf(leaf) for name, leaf in leaves.items()}
 
 
 def stored_leaves(vae: VAE) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """The leaves by diffusers' names, each with the axes of it that torch has, in torch's order."""
-    return {name: (leaf, _to_stored(leaf.ndim)) for name, leaf in _named(vae).items()}
+    """Returns the leaves by diffusers' names, each with its axes in torch's order."""
+    return {name: (leaf, to_stored(leaf.ndim)) for name, leaf in named(vae).items()}
 
 
 def _stored_leaf(leaf: Any) -> Stored:
-    axes = _to_stored(leaf.ndim)
+    axes = to_stored(leaf.ndim)
     read = lambda: np.asarray(leaf).transpose(axes)  # noqa: E731
     return Stored(_stored_shape(leaf.shape), leaf.dtype.name, read)
 
@@ -369,43 +391,19 @@ def _replace(folder: Path, config: Path, weights: Path) -> None:
             path.unlink()
 
 
-def _original_name(name: str, blocks: int) -> str:
-    for pattern, replacement in _ORIGINAL:
-        name = re.sub(pattern, replacement, name)
-    level = re.match(r"decoder\.up_blocks\.(\d+)\.", name)
-    return f"decoder.up.{blocks - 1 - int(level[1])}.{name[level.end() :]}" if level else name
-
-
-def _original_tensors(path: Path) -> dict[str, Stored]:
-    """By their names in the VAE, without what belongs to training or to other models."""
+def _original_tensors(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
-    if path.suffix == ".safetensors" and not zipped:
-        tree: Any = read_safetensors(path)
-    else:
-        tree = read_torch(path)
-    for _ in _ORIGINAL_NESTS:
-        nests = _ORIGINAL_NESTS if isinstance(tree, dict) else ()
-        tree = next((tree[key] for key in nests if isinstance(tree.get(key), dict)), tree)
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{path} holds a value of type {type(tree).__name__}, and named tensors are due: "
-            "give zai-org's 3d-vae.pt, or a state dict of the same names."
-        )
-    if any(str(name).startswith(_ORIGINAL_PREFIX) for name in tree):
-        tree = {
-            str(name).removeprefix(_ORIGINAL_PREFIX): tensor
-            for name, tensor in tree.items()
-            if str(name).startswith(_ORIGINAL_PREFIX)
-        }
-    tensors = {str(k): v for k, v in tree.items() if not str(k).startswith("loss.")}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Stored):
-            raise ValueError(
-                f"{name!r} in {path} is of type {type(tensor).__name__}, and a tensor is due: "
-                "save the state dict alone."
-            )
-    return tensors
+    if path.suffix in PICKLES or zipped:
+        return read_torch(path)
+    return read_safetensors(path, "is a pickle of torch before 1.6: save it again with torch.")[1]
 
 
-__all__ = ["from_original", "from_pretrained", "save_pretrained", "stored_tensors", "tensor_names"]
+__all__ = [
+    "from_original",
+    "from_pretrained",
+    "save_pretrained",
+    "stored_leaves",
+    "stored_tensors",
+    "tensor_names",
+]

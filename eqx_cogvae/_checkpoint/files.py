@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .tensors import unique
+from .._files import check_regular
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -20,29 +20,47 @@ _VARIANTS = (
     re.compile(r"diffusion_pytorch_model\.((?!.*-\d{5}-of-\d{5}\.)[^.]+)\.safetensors"),
     re.compile(r"diffusion_pytorch_model\.safetensors\.index\.([^.]+)\.json"),
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Found(NamedTuple):
     """A checkpoint's files, by their paths on this machine."""
 
-    config: Path
+    config: Path | None
     weights: tuple[Path, ...]
 
 
-def find(name_or_path: str | os.PathLike, subfolder: str | None, **hub: Any) -> Found:
-    """The files of a directory, of `"tiny"`, or of a hub id; `hub` is for `hf_hub_download`.
+def find(
+    name_or_path: str | os.PathLike, subfolder: str | None, *, configured: bool, **hub: Any
+) -> Found:
+    """Returns the files of a directory, a file, `"tiny"` or a hub id.
+
+    **Arguments:**
+
+    - `configured`: True if the caller has a config; then none is looked for.
+    - `hub`: for `hf_hub_download`.
 
     **Raises:** `FileNotFoundError`; `ValueError` for a pickle, for several variants, for a
-    damaged index; `OSError` where the hub gives nothing.
+    damaged index, for a file without a config; `OSError` where the hub gives nothing.
     """
     source = _source(name_or_path, hub)
+    if isinstance(source, Path):
+        if configured and subfolder is None:
+            return Found(None, (source,))
+        raise ValueError(
+            f"{source} is a file: pass its `config=`, such as 'CogVideoX-2b' or 'CogVideoX-5b', "
+            f"and no `subfolder`; or give a directory with {CONFIG} and {WEIGHTS}."
+        )
     folders = source.folders if subfolder is None else (subfolder,)
     for folder in folders:
-        config = source.get(folder, CONFIG)
+        config = None if configured else source.get(folder, CONFIG)
+        if config is None and not configured:
+            continue
+        if weights := _weights(source, folder):
+            return Found(config, weights)
         if config is not None:
-            return Found(config, _weights(source, folder))
-    raise source.without_config(folders)
+            raise source.without_weights(folder)
+    raise source.without_weights(folders[0]) if configured else source.without_config(folders)
 
 
 class _Directory:
@@ -58,7 +76,8 @@ class _Directory:
         return path if path.is_file() else None
 
     def variants(self, folder: str) -> list[str]:
-        names = [path.name for path in (self.path / folder).iterdir()]
+        place = self.path / folder
+        names = [path.name for path in place.iterdir()] if place.is_dir() else []
         matches = [pattern.fullmatch(name) for pattern in _VARIANTS for name in names]
         return sorted({match[1] for match in matches if match})
 
@@ -133,7 +152,7 @@ class _Hub:
         )
 
 
-def _source(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> _Directory | _Hub:
+def _source(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> Path | _Directory | _Hub:
     if name_or_path == "tiny":
         path = _EMBEDDED / "tiny"
         if not path.is_dir():
@@ -145,17 +164,13 @@ def _source(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> _Directory 
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _Directory(path)
-    if path.is_file() and path.suffix in _PICKLES:
+    if path.is_file() and path.suffix in PICKLES:
         raise ValueError(
-            f"{path} is a pickle, and a directory with {CONFIG} and {WEIGHTS} is due: use "
-            "`from_original` for zai-org's 3d-vae.pt, else convert it with diffusers' "
-            "`save_pretrained`."
+            f"{path} is a pickle, and safetensors are due: load it with `from_original`, which "
+            "executes nothing, or convert it with diffusers' `save_pretrained`."
         )
     if path.exists():
-        raise NotADirectoryError(
-            f"{path} is a file, and the directory with {CONFIG} and {WEIGHTS} is due; a file "
-            "with the names of zai-org's 3d-vae.pt is for `from_original`."
-        )
+        return path
     if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path):
         return _Hub(name_or_path, hub)
     raise FileNotFoundError(
@@ -165,7 +180,7 @@ def _source(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> _Directory 
 
 
 def _weights(source: _Directory | _Hub, folder: str) -> tuple[Path, ...]:
-    """The index comes before the single file, and the plain names before variants."""
+    """Returns the weights' files, or none; an index goes first, and variants last."""
     if plain := _files(source, folder, None):
         return plain
     variants = source.variants(folder)
@@ -177,7 +192,7 @@ def _weights(source: _Directory | _Hub, folder: str) -> tuple[Path, ...]:
     for variant in variants:
         if files := _files(source, folder, variant):
             return files
-    raise source.without_weights(folder)
+    return ()
 
 
 def _files(source: _Directory | _Hub, folder: str, variant: str | None) -> tuple[Path, ...]:
@@ -213,14 +228,19 @@ def _shards(index: Path) -> list[str]:
 
 
 def _plain(name: Any) -> bool:
-    """Whether it names a file in the same directory, and no other place."""
+    """Returns True for the name of a file in the same directory, and in no other place."""
     return isinstance(name, str) and bool(re.fullmatch(r"[\w-][\w.-]{,199}\.safetensors", name))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """**Raises:** `ValueError` for what is no JSON object, or gives a key twice; `OSError`."""
+    """Returns the object in a file of JSON.
+
+    **Raises:** `ValueError` for anything else, and for a key given twice, of which readers take
+    one or the other; `OSError`.
+    """
+    check_regular(path)
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy or download it again.") from error
     if not isinstance(content, dict):
@@ -228,13 +248,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"it gives {twice[:80]!r} twice")
+    return content
+
+
 def _pickles(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
-        yield from sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
+        yield from sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
-__all__ = ["CONFIG", "INDEX", "SHARD", "WEIGHTS", "Found", "find", "read_json"]
+__all__ = ["CONFIG", "INDEX", "PICKLES", "SHARD", "WEIGHTS", "Found", "find", "read_json"]

@@ -1,9 +1,13 @@
-"""Tensors in files: known by their headers, read one at a time, never mapped into memory."""
+"""Tensors in files: known by their headers, and read one at a time."""
 
+import contextlib
+import functools
 import json
+import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,160 +18,187 @@ from jaxtyping import Shaped
 
 from .._files import check_regular
 
-FLOATS = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(jnp.bfloat16),
+FLOATS = {name: np.dtype(jnp.dtype(name)) for name in ("float64", "float32", "float16", "bfloat16")}
+# NumPy lacks these: they are read by torch, and cast.
+FLOATS_OF_8_BITS = {"float8_e4m3fn", "float8_e5m2"}
+_CODES = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"},
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
-_PICKLES = (b"PK\x03\x04", b"\x80")
-# That of the published checkpoints is 50 kB; in Python a header takes many times its bytes.
-_LONGEST_HEADER = 4 << 20
-_LONGEST_REASON = 200
-_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES: dict[str, str] = {code: name for name, code in _CODES.items()}
+_PICKLES = (b"PK\x03\x04", b"\x80")
+_LONGEST_REASON = 200
+# Keys under which training code saves its state dict.
+_NESTS = ("model", "module", "state_dict")
 
 
 class Stored(NamedTuple):
-    """A tensor in a file, not yet read. A `dtype` outside of `FLOATS` cannot be."""
+    """A tensor that is not yet read. `dtype` is NumPy's name, or else the file's own code."""
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
 
 
-def read_safetensors(path: str | os.PathLike) -> dict[str, Stored]:
-    """The tensors of a safetensors file of weights, in the file's order.
-
-    **Raises:** `ValueError` for a file that is truncated or something else; `OSError`.
-    """
-    return read_header(
-        path,
-        "is a pickle, which may run code when opened, and safetensors are due: convert it with "
-        "diffusers' `save_pretrained`, or, if its names are those of zai-org's 3d-vae.pt, load "
-        "it with `from_original`, which runs nothing.",
-    )[1]
-
-
-def read_header(path: str | os.PathLike, pickled: str) -> tuple[dict[str, str], dict[str, Stored]]:
-    """The metadata and the tensors of a safetensors file, in the file's order.
+def read_safetensors(
+    path: str | os.PathLike, pickled: str
+) -> tuple[dict[str, str], dict[str, Stored]]:
+    """Returns the metadata and the tensors of a safetensors file.
 
     **Raises:** `ValueError` for a file that is truncated or something else, with `pickled` after
     its name where it is a pickle; `OSError`.
     """
     path = Path(path)
     check_regular(path)
-    with path.open("rb") as file:
-        start = file.read(8)
-    length = int.from_bytes(start, "little")
-    try:
-        if length > _LONGEST_HEADER:
-            raise ValueError(f"its header would be of {length} bytes")
-        # Its own reader maps the file, whose pages would count as memory in use. It checks the
-        # header, and the file's length against it; the tensors are then read plainly.
-        with safetensors.safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            file.seek(len(start))
-            header = json.loads(file.read(length), object_pairs_hook=unique)
-    except (safetensors.SafetensorError, ValueError) as error:
-        if start.startswith(_PICKLES):
-            raise ValueError(f"{path} {pickled}") from error
-        reason = " ".join(str(error).split())[:_LONGEST_REASON]
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({reason}): copy or download it again."
-        ) from error
-    metadata = header.pop("__metadata__", None) or {}
-    entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-    return metadata, {name: _stored(path, 8 + length, entry) for name, entry in entries}
+    with _opened(path, "numpy", pickled) as file:
+        names = file.keys()  # the file is no dictionary, and cannot be iterated over
+        tensors = {name: _stored(path, name, file.get_slice(name)) for name in names}
+        return file.metadata() or {}, tensors
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `object_pairs_hook`.
+def read_torch(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the state dict that `torch.save` wrote, with a `Stored` in the place of each tensor.
 
-    **Raises:** `ValueError` for a key that is there twice, of which readers take one or other.
+    It may be nested under the usual names. torch maps the file and executes nothing in it.
+
+    **Raises:** `ImportError` without torch; `ValueError` for a file that torch refuses to load as
+    weights alone, or that holds no state dict.
     """
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"it gives {twice[:80]!r} twice")
-    return content
+    torch = _torch(f"{path} is a file of torch's, and reading it needs torch")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is not a whole file of `torch.save`, which writes zip files since torch 1.6: "
+            "copy or download it again, or load and save it again with torch."
+        )
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(
+            f"torch refuses to read {path} as weights alone ({_torch_reason(error)}), and nothing "
+            "was executed: copy or download it again, or get the weights as safetensors from who "
+            "made them."
+        ) from error
+    for _ in _NESTS:
+        nests = _NESTS if isinstance(tree, dict) else ()
+        tree = next((tree[key] for key in nests if isinstance(tree.get(key), dict)), tree)
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{path} holds a value of type {type(tree).__name__}, and named tensors are due: "
+            "give zai-org's 3d-vae.pt, or a state dict."
+        )
+    is_tensor = lambda value: isinstance(value, torch.Tensor)  # noqa: E731
+    return {str(k): _stored_torch(v) if is_tensor(v) else v for k, v in tree.items()}
 
 
 def write_safetensors(
-    path: str | os.PathLike,
-    tensors: dict[str, Stored],
-    metadata: dict[str, str],
+    path: str | os.PathLike, tensors: dict[str, Stored], metadata: dict[str, str]
 ) -> None:
     """Writes tensors as safetensors, reading each only when its turn comes.
+
+    The library's own writer takes all of them at once.
 
     **Raises:** `OSError`.
     """
     header: dict[str, dict] = {"__metadata__": metadata}
     end = 0
     for name, (shape, dtype, _) in tensors.items():
-        begin, end = end, end + _size(shape) * FLOATS[dtype].itemsize
+        begin, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
-
-
-def read_range(
-    path: str | os.PathLike, offset: int, shape: Iterable[int], dtype: str
-) -> Shaped[np.ndarray, "..."]:
-    """An array of that shape and dtype from `offset` on.
-
-    **Raises:** `ValueError` where the file ends too early; `OSError`.
-    """
-    array = empty(shape, dtype)
-    with Path(path).open("rb") as file:
-        file.seek(offset)
-        if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-            raise ValueError(f"{path} ended while it was read: copy or download it again.")
-    return array
+        for _, dtype, read in tensors.values():
+            # The bytes of an array may be in another order than the machine's.
+            array = np.ascontiguousarray(read().astype(jnp.dtype(dtype), copy=False))
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def empty(shape: Iterable[int], dtype: str) -> Shaped[np.ndarray, "..."]:
-    """An array in pages of its own.
+    """Returns an array in memory pages of its own.
 
-    They go back to the system with it, where `malloc` would keep them, and are aligned as XLA
-    wants, which on a CPU takes such an array for its own without a copy.
+    The pages go back to the system with the array, where `malloc` would keep them. They are
+    aligned as XLA wants, so that on a CPU it takes the array without a copy.
     """
     shape = tuple(shape)
-    size = _size(shape) * FLOATS[dtype].itemsize
-    return (
-        np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size)
-        .view(FLOATS[dtype])
-        .reshape(shape)
-    )
+    size = math.prod(shape) * FLOATS[dtype].itemsize
+    pages = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size)
+    return pages.view(FLOATS[dtype]).reshape(shape)
 
 
-def _stored(path: Path, start: int, entry: dict) -> Stored:
-    shape, code = tuple(entry["shape"]), str(entry["dtype"])
+def _stored(path: Path, name: str, header: Any) -> Stored:
+    code = str(header.get_dtype())
     dtype = _NAMES.get(code, code)
-    offset = start + entry["data_offsets"][0]
-    return Stored(shape, dtype, lambda: read_range(path, offset, shape, dtype))
+    return Stored(tuple(header.get_shape()), dtype, functools.partial(_read, path, name, dtype))
 
 
-def _size(shape: Iterable[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+def _read(path: Path, name: str, dtype: str) -> np.ndarray:
+    # The library maps the file. It is closed after each tensor, to let go of the pages in memory.
+    if dtype not in FLOATS_OF_8_BITS:
+        with _opened(path, "numpy") as file:
+            return file.get_tensor(name)
+    _torch(f"{path} holds {dtype} weights, and casting them needs torch")
+    with _opened(path, "pt") as file:
+        return _as_numpy(file.get_tensor(name))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, framework: str, pickled: str | None = None) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework=framework) as file:
+            yield file
+    except (safetensors.SafetensorError, ValueError) as error:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if pickled is not None and start.startswith(_PICKLES):
+            raise ValueError(f"{path} {pickled}") from error
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({reason}): copy or download it again."
+        ) from error
+
+
+def _torch(need: str) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f'{need}: pip install "eqx_cogvae[diffusers]".') from error
+    return torch
+
+
+def _torch_reason(error: Exception) -> str:
+    # torch's own advice is to execute the file: only the line that names the fault is kept.
+    lines = str(error).splitlines() or [type(error).__name__]
+    faults = [line for line in lines if "GLOBAL" in line or "WeightsUnpickler" in line]
+    return (faults or lines)[0].partition(" Please")[0].strip(" \t.")[:_LONGEST_REASON]
+
+
+def _stored_torch(tensor: Any) -> Stored:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if not str(tensor.layout).endswith("strided"):
+        dtype = f"{tensor.layout} {dtype}"
+    return Stored(tuple(tensor.shape), dtype, functools.partial(_as_numpy, tensor))
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    """Returns the elements of a torch tensor on the CPU, without a copy."""
+    import torch
+
+    tensor, dtype = tensor.detach(), str(tensor.dtype).removeprefix("torch.")
+    if dtype in ("bfloat16", *FLOATS_OF_8_BITS):  # torch gives NumPy only dtypes of NumPy's own
+        bits = torch.int16 if dtype == "bfloat16" else torch.uint8
+        return tensor.view(bits).numpy().view(jnp.dtype(dtype))
+    return tensor.numpy()
 
 
 __all__ = [
     "FLOATS",
+    "FLOATS_OF_8_BITS",
     "Stored",
     "empty",
-    "read_header",
-    "read_range",
     "read_safetensors",
-    "unique",
+    "read_torch",
     "write_safetensors",
 ]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._types import Cache, is_traced
+from .._types import UNHASHABLE, Cache, is_traced
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 """From a frame batch and a cache, or None, to a result and the next cache."""
@@ -23,6 +23,9 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 class Transform(eqx.Module):
     """A function that compiles what it calls by itself, when it is not being traced."""
+
+    def __hash__(self) -> int:
+        raise TypeError(UNHASHABLE)
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

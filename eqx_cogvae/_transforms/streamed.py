@@ -37,7 +37,8 @@ class Stream(Iterator):
     `cache` is what the last batch returned, and is given away when the next one is asked for.
     `frame` counts the input frames that the results so far were made of. A `KeyboardInterrupt`
     leaves both as they belong together, for another stream to go on from: during a step it waits
-    until the next one is asked for.
+    until the next one is asked for. An error within a step takes the cache along that was given
+    to it: `cache` then raises an `AttributeError` that says so.
     """
 
     cache: Cache
@@ -53,6 +54,14 @@ class Stream(Iterator):
         # A cache that was given stays the caller's own.
         self.cache = jax.tree.map(lambda x: jnp.array(x, copy=True), cache)
         self.frame = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "cache":
+            raise AttributeError(f"a stream has no {name!r}.")
+        raise AttributeError(
+            f"the cache was given to the step that failed at frame {self.frame}: resume from a "
+            "copy of `.cache` that was made before, or from the start."
+        )
 
     def __iter__(self) -> "Stream":
         return self
@@ -74,6 +83,8 @@ class Stream(Iterator):
             raise
         except Exception as error:
             self._close()
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
+                del self.cache
             if not self.frame:
                 raise
             reason = " ".join(str(error).split())

@@ -2,17 +2,18 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 from .._meshes import on_automatic_axes
-from .._types import at_least_float32, is_traced
+from .._types import is_traced
 from .base import Transform, call, cut, join
 from .progress import progress_bar
 
@@ -25,12 +26,13 @@ _PROBE = 64
 
 @eqx.filter_jit
 def blend(
-    before: Float[Array, "..."], after: Float[Array, "..."], extent: int, axis: int
-) -> Float[Array, "..."]:
-    """`after`, with its first `extent` entries faded in over the last `extent` of `before`.
+    before: Shaped[Array, "..."], after: Shaped[Array, "..."], extent: int, axis: int
+) -> Shaped[Array, "..."]:
+    """Fades the first `extent` entries of `after` in over the last `extent` of `before`.
 
     A linear ramp, `before * (1 - i / extent) + after * (i / extent)` for the i-th entry along
-    `axis`. An extent beyond either array is cut to the smaller of them.
+    `axis`, rounded to the nearest where the arrays are of whole numbers. An extent beyond either
+    array is cut to the smaller of them.
 
     **Raises:** `ValueError` for a negative extent.
     """
@@ -43,9 +45,11 @@ def blend(
     shape[axis] = extent
     tail = lax.slice_in_dim(before, before.shape[axis] - extent, None, axis=axis)
     head = lax.slice_in_dim(after, 0, extent, axis=axis)
-    ramp = (jnp.arange(extent, dtype=jnp.float32) / extent).reshape(shape)
-    ramp = ramp.astype(at_least_float32(after).dtype)
-    mixed = at_least_float32(tail) * (1 - ramp) + at_least_float32(head) * ramp
+    dtype = jnp.float64 if after.dtype == jnp.float64 else jnp.float32
+    ramp = (jnp.arange(extent, dtype=jnp.float32) / extent).reshape(shape).astype(dtype)
+    mixed = tail.astype(dtype) * (1 - ramp) + head.astype(dtype) * ramp
+    if jnp.issubdtype(after.dtype, jnp.integer):
+        mixed = jnp.rint(mixed)
     rest = lax.slice_in_dim(after, extent, None, axis=axis)
     return jnp.concatenate([mixed.astype(after.dtype), rest], axis)
 
@@ -98,7 +102,7 @@ class Tiled(Transform):
             raise ValueError(f'`edges` must be "clip" or "shift", got {self.edges!r}.')
 
     @on_automatic_axes
-    def __call__(self, x: Shaped[Array, "b t h w c"]) -> PyTree[Float[Array, "b t2 h2 w2 c2"]]:
+    def __call__(self, x: Shaped[Array, "b t h w c"]) -> PyTree[Shaped[Array, "b t2 h2 w2 c2"]]:
         height, width = x.shape[_HEIGHT : _WIDTH + 1]
         if height <= self.size[0] and width <= self.size[1]:
             return call(self.fn, x)
@@ -147,8 +151,8 @@ class Tiled(Transform):
 
 def tiled(
     fn: Callable,
-    size: tuple[int, int],
-    overlap: tuple[int | float, int | float],
+    size: tuple[SupportsIndex, SupportsIndex],
+    overlap: tuple[SupportsFloat, SupportsFloat],
     *,
     edges: str = "clip",
     progress: bool = False,
@@ -181,7 +185,20 @@ def tiled(
     tile that is no multiple of what `fn` compresses by.
     """
     (height, width), (down, across) = size, overlap
-    return Tiled(fn, (height, width), (down, across), edges, progress)
+    sides = (_plain(height), _plain(width))
+    return Tiled(fn, sides, (_plain(down), _plain(across)), edges, progress)
+
+
+def _plain(number: Any) -> Any:
+    """Returns a number of any library as Python's own; what is none as it is."""
+    if type(number) in (int, float, bool):
+        return number
+    for convert in (operator.index, float):
+        try:
+            return convert(number)
+        except (TypeError, ValueError):
+            continue
+    return number
 
 
 def spans(

@@ -1,74 +1,43 @@
 """The VAE as diffusers' pipelines take it."""
 
+import copy
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.utils.accelerate_utils import apply_forward_hook
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Float
-from torch.autograd.function import once_differentiable
+from jax.sharding import Mesh
 
 from .. import _checkpoint
 from .._autoencoder import VAE
-from .._checkpoint.tensors import FLOATS
-from .._frames import LATENT_BATCH, SAMPLE_BATCH
-from .._transforms.framewise import framewise
-from .._transforms.sharded import sharded
-from .._transforms.sliced import sliced
-from .._transforms.tiled import tiled
-from ._tensors import (
-    VIDEO_RANK,
-    as_tensor,
-    jax_device,
-    jax_dtype,
-    to_jax,
-    to_torch,
-    torch_device,
-    torch_dtype,
+from .._config import Config
+from ._loading import (
+    LOADING_INFO,
+    WHERE,
+    asked_device,
+    asked_dtype,
+    check_options,
+    variant_files,
+    weights_dtype,
+)
+from ._running import JaxAutoencoder, same_device
+from ._surface import Anchor
+from ._tensors import as_tensor, jax_device, torch_device
+
+_HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
+_CPU = torch.device("cpu")
+# Fields of the config that say how latents are used, and not what the network is.
+_FREE_FIELDS = (
+    *("sample_height", "sample_width", "scaling_factor", "shift_factor"),
+    *("latents_mean", "latents_std", "force_upcast", "invert_scale_latents"),
 )
 
-_MESH_AXES = ("batch", "height", "width")
 
-
-_WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
-
-
-def _same(one: torch.device, other: torch.device) -> bool:
-    # The CPU is "cpu" and "cpu:0".
-    return one == other or one.type == other.type == "cpu"
-
-
-class _Call(torch.autograd.Function):
-    """A function of one array, to torch; `again` is the same one as its backward runs it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, fn: Callable, again: Callable, where: Sharding):  # pyright: ignore
-        ctx.save_for_backward(x)
-        ctx.again, ctx.where = again, where
-        return to_torch(fn(jax.device_put(to_jax(x), where)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: torch.Tensor):  # pyright: ignore
-        arrays = jax.device_put(to_jax((*ctx.saved_tensors, cotangent)), ctx.where)
-        return to_torch(_pullback(ctx.again, *arrays)), None, None, None
-
-
-@eqx.filter_jit
-def _pullback(fn: Callable, x: Array, cotangent: Array) -> Array:
-    return jax.vjp(fn, x)[1](cotangent)[0]
-
-
-class EqxAutoencoderKLCogVideoX(torch.nn.Module):
+class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
     """Stands in for diffusers' `AutoencoderKLCogVideoX`, in pipelines and in scripts.
 
     !!! Example
@@ -82,13 +51,20 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
 
     Methods and attributes are diffusers', and so are the numbers; frames, tiles and slices go
     through `framewise`, `tiled` and `sliced`, as the attributes say at each call. Two things
-    differ: an overlap of 0.0 is honoured, and the result has the right size for any tile.
+    differ: an overlap of 0.0 is honoured, and the result has the right size for any tile. Frame
+    counts and sizes that do not come back as they were warn. Public names that are about torch's
+    modules or weights (`encoder`, `load_state_dict`, `enable_layerwise_casting`) raise one line
+    that says what to use instead.
 
-    The one copy of the weights is JAX's, in `vae`. It is no torch parameter: gradients flow
-    through `encode` and `decode` to their input, and to no weight. The backward pass computes
-    the forward pass anew, so that nothing but the input is kept for it. `state_dict` has views
-    of the weights, not to be written to. `to` casts them, and moves them to any device that JAX
-    reaches.
+    The one copy of the weights is JAX's, in `vae`. It is no torch parameter: gradients of any
+    order flow through `encode` and `decode` to their input, and to no weight. The backward pass
+    computes the forward pass anew, so that nothing but the input is kept for it. `state_dict` has
+    views of the weights, not to be written to. `to` casts them, and moves them to any device that
+    JAX reaches. Model, sequential and group offloading keep them on the CPU between calls, and
+    put all of them on the device for a call. `torch.compile` leaves it as it is: XLA compiles it.
+
+    JAX does not survive a fork: a `DataLoader` that encodes in its workers needs
+    `multiprocessing_context="spawn"`.
 
     With a `mesh` each call runs `sharded` on its devices, its axes named after what they cut,
     "batch", "height" and "width", as `best_mesh` names them. Pipelines encode one clip at a
@@ -99,22 +75,13 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
     """
 
     def __init__(self, vae: VAE, *, mesh: Mesh | None = None):
-        super().__init__()
-        if mesh is not None:
-            vae = jax.device_put(vae, NamedSharding(mesh, PartitionSpec()))
-        self.vae, self.mesh = vae, mesh
-        fields = vae.config.to_dict()
-        self.config = FrozenDict(_class_name=AutoencoderKLCogVideoX.__name__, **fields)
-        self.gradient_checkpointing = self.use_slicing = self.use_tiling = False
-        self.num_sample_frames_batch_size = SAMPLE_BATCH
-        self.num_latent_frames_batch_size = LATENT_BATCH
-        size = (vae.config.sample_height // 2, vae.config.sample_width // 2)
-        self._set_tiles(size, (1 / 6, 1 / 5))
+        super().__init__(vae, mesh)
+        name = AutoencoderKLCogVideoX.__name__
+        self.register_to_config(_class_name=name, **vae.config.to_dict())
         # From this and `__class__` pipelines read what to write into their index.
         self.__module__ = AutoencoderKLCogVideoX.__module__
-        # Offloading asks the first parameter where the module is; `to` moves it along.
-        anchor = torch.empty(0, dtype=self.dtype, device=self.device)
-        self._anchor = torch.nn.Parameter(anchor, requires_grad=False)
+        self._anchor = Anchor(torch.empty(0, dtype=self.dtype, device=torch_device(self._where)))
+        self.eval()
 
     @property
     def __class__(self):  # pyright: ignore
@@ -123,247 +90,225 @@ class EqxAutoencoderKLCogVideoX(torch.nn.Module):
     def _get_name(self) -> str:
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_parameters():,} parameters, {self.dtype}, "
+            f"device={str(self.device)!r})"
+        )
+
     def __reduce__(self):
         return _blank, (), self.__dict__
 
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike,
         *,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         mesh: Mesh | None = None,
-        low_cpu_mem_usage: bool = True,
-        use_safetensors: bool = True,
-        **where: Any,
-    ) -> "EqxAutoencoderKLCogVideoX":
+        device_map: Any = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
         """Loads a checkpoint in diffusers' layout, of the VAE or of a whole pipeline.
 
-        `torch_dtype` None is float32, as in diffusers. `where` are the other arguments of
-        `eqx_cogvae.from_pretrained`: `subfolder`, `revision`, `token`, `cache_dir`,
-        `local_files_only`. Memory is always used sparingly, and weights are always safetensors.
+        Memory is always used sparingly, and weights are always safetensors.
 
-        **Raises:** as `eqx_cogvae.from_pretrained`; `ValueError` for `use_safetensors=False`;
-        `TypeError` for an argument that neither takes.
+        **Arguments:**
+
+        - `pretrained_model_name_or_path`: a directory, a hub id, or `"tiny"`.
+        - `torch_dtype`, `dtype`: the weights' dtype; the second goes first. None is float32, as
+            in diffusers, and so is "auto", with a warning.
+        - `mesh`: devices that share the work.
+        - `device_map`: the device for the weights; None and "auto" leave that to JAX.
+        - `output_loading_info`: return a pair, whose second part is diffusers' record of faults;
+            it is empty, because faults raise.
+        - `options`: `subfolder`, `revision`, `token`, `cache_dir` and `local_files_only` as
+            `eqx_cogvae.from_pretrained` has them, fields of the config to replace, such as
+            `scaling_factor`, and what else diffusers takes: it is obeyed or raises.
+
+        **Raises:** as `eqx_cogvae.from_pretrained`; `ValueError` for an argument that cannot be
+        had, with what to use instead; `TypeError` for one that diffusers does not have.
         """
-        del low_cpu_mem_usage
-        if use_safetensors is False:
-            raise ValueError("weights are read from safetensors alone, leave `use_safetensors`.")
-        if unknown := where.keys() - _WHERE:
+        check_options(options)
+        where = {name: options.pop(name) for name in WHERE if name in options}
+        variant = options.pop("variant", None)
+        fields = {field.name for field in dataclasses.fields(Config)}
+        if unknown := options.keys() - fields:
             raise TypeError(
-                f"`from_pretrained` takes no {min(unknown)!r}; it takes torch_dtype, mesh, "
-                f"{', '.join(_WHERE)}."
+                f"`from_pretrained` takes no {min(unknown)!r}; it takes torch_dtype, dtype, mesh, "
+                f"device_map, variant, {', '.join(WHERE)}, and fields of the config."
             )
-        dtype = _weights_dtype(torch.float32 if torch_dtype is None else torch_dtype)
-        vae = _checkpoint.from_pretrained(name_or_path, dtype=dtype, mesh=mesh, **where)
-        return cls(vae, mesh=mesh)
+        device, weights = asked_device(device_map), weights_dtype(asked_dtype(torch_dtype, dtype))
+        source = pretrained_model_name_or_path
+        if variant is not None:
+            source, where = variant_files(source, variant, where)
+        vae = _checkpoint.from_pretrained(source, dtype=weights, mesh=mesh, **where)
+        model = cls(vae, mesh=mesh)
+        model.register_to_config(_name_or_path=str(pretrained_model_name_or_path), **options)
+        if device is not None:
+            model.to(device)  # pyright: ignore
+        return (model, {name: [] for name in LOADING_INFO}) if output_loading_info else model
 
-    def save_pretrained(self, path: str | os.PathLike, safe_serialization: bool = True) -> None:
-        """Writes a directory that diffusers' own class loads.
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: Any,
+        *,
+        config: Any = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        mesh: Mesh | None = None,
+        **options: Any,
+    ) -> "EqxAutoencoderKLCogVideoX":
+        """Loads one file of weights: safetensors with diffusers' names, or zai-org's `3d-vae.pt`.
 
-        **Raises:** `ValueError` for `safe_serialization=False`, and as `save_pretrained`.
+        **Arguments:**
+
+        - `pretrained_model_link_or_path_or_dict`: a path.
+        - `config`: as `eqx_cogvae.from_pretrained` takes it with a file.
+        - `torch_dtype`, `dtype`, `mesh`: as for `from_pretrained`.
+
+        **Raises:** as `eqx_cogvae.from_pretrained` and `eqx_cogvae.from_original`; `TypeError` for
+        tensors instead of a path, and for another argument.
+        """
+        check_options(options)
+        if options:
+            raise TypeError(
+                f"`from_single_file` takes no {min(options)!r}; it takes config, torch_dtype, "
+                "dtype, mesh."
+            )
+        if isinstance(pretrained_model_link_or_path_or_dict, Mapping):
+            raise TypeError(
+                "`from_single_file` takes a path, got tensors: write them by "
+                "`safetensors.torch.save_file`."
+            )
+        path = Path(pretrained_model_link_or_path_or_dict)
+        weights = weights_dtype(asked_dtype(torch_dtype, dtype))
+        if path.suffix == ".safetensors":
+            where: dict[str, Any] = {} if config is None else {"config": config}
+            return cls(_checkpoint.from_pretrained(path, dtype=weights, **where), mesh=mesh)
+        return cls(_checkpoint.from_original(path, config, weights), mesh=mesh)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping | str | os.PathLike, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Makes a model with random weights, drawn with a seed from torch's generator.
+
+        **Arguments:**
+
+        - `config`: fields, or the place of a `config.json`.
+        - `return_unused_kwargs`: return a pair, whose second part are the fields not used.
+        - `kwargs`: fields that replace those of `config`.
+        """
+        held: Any = config if isinstance(config, Mapping) else cls.load_config(config)
+        fields, unused, hidden = cls.extract_init_dict(dict(held), **kwargs)
+        seed = int(torch.randint(2**31 - 1, ()))
+        model = cls(VAE(Config.from_dict(fields), key=jax.random.key(seed)))
+        return (model, {**unused, **hidden}) if return_unused_kwargs else model
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Changes fields of the config, in `config` and in `vae.config`.
+
+        **Raises:** `ValueError` for a field that shapes the network.
+        """
+        fields = self.vae.config.to_dict()
+        changed = {k: v for k, v in kwargs.items() if k in fields and v != fields[k]}
+        if fixed := changed.keys() - set(_FREE_FIELDS):
+            raise ValueError(
+                f"`{min(fixed)}` shapes the network, and cannot change from {fields[min(fixed)]} "
+                f"to {changed[min(fixed)]}: make another model, by `from_config`."
+            )
+        if changed:
+            config = dataclasses.replace(self.vae.config, **changed)
+            self.vae = copy.copy(self.vae)
+            object.__setattr__(self.vae, "config", config)
+        super().register_to_config(**kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "10GB",
+        **options: Any,
+    ) -> None:
+        """Writes a directory that diffusers' own class loads, unless another process does.
+
+        The weights are one file, smaller than diffusers' shards are by default.
+
+        **Raises:** `ValueError` for `safe_serialization=False`, for a `variant` or another
+        argument that cannot be had, and as `eqx_cogvae.save_pretrained`.
         """
         if not safe_serialization:
             raise ValueError("weights are written as safetensors alone, not as a pickle.")
-        _checkpoint.save_pretrained(self.vae, path)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and results."""
-        return torch_dtype(self.vae.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """Where tensors are taken from and given back: the weights', or the CPU beside a TPU."""
-        return torch_device(self._where)
-
-    @property
-    def _where(self) -> Sharding:
-        return self.vae.decoder.conv_in.conv.weight.sharding
-
-    @apply_forward_hook
-    def encode(
-        self, x: Float[torch.Tensor, "b c t h w"], return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """The posterior of a batch of clips.
-
-        **Raises:** `ValueError` for a wrong rank, channel count, dtype or device.
-        """
-        _check_rank(x, self.vae.config.in_channels)
-        tile = (self.tile_sample_min_height, self.tile_sample_min_width)
-        moments = self._call(x, self.vae.encode_step, self.num_sample_frames_batch_size, tile)
-        posterior = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    @apply_forward_hook
-    def decode(
-        self, z: Float[torch.Tensor, "b c t h w"], return_dict: bool = True
-    ) -> DecoderOutput | tuple[Float[torch.Tensor, "b c2 t2 h2 w2"]]:
-        """The clips of a batch of latents; not clipped.
-
-        **Raises:** `ValueError` for a wrong rank, channel count, dtype or device.
-        """
-        _check_rank(z, self.vae.config.latent_channels)
-        tile = (self.tile_latent_min_height, self.tile_latent_min_width)
-        sample = self._call(z, self.vae.decode_step, self.num_latent_frames_batch_size, tile)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(
-        self,
-        sample: Float[torch.Tensor, "b c t h w"],
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Float[torch.Tensor, "b c2 t2 h2 w2"]]:
-        """Encodes and decodes: of the mode, or of a sample drawn with `generator`."""
-        (posterior,) = self.encode(sample, return_dict=False)
-        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
-
-    def _call(
-        self, x: torch.Tensor, step: Callable, frames: int, tile: tuple[int, int]
-    ) -> torch.Tensor:
-        if not _same(x.device, self.device):
+        del max_shard_size
+        if variant is not None:
             raise ValueError(
-                f"got a tensor on {x.device}, and the weights are on {self.device}: "
-                f"move one of them with `.to({str(x.device)!r})` or `.to({str(self.device)!r})`."
+                f"`variant={variant!r}` cannot be had: the file has its plain name, rename it."
             )
-        return _Call.apply(x, *self._functions(step, frames, tile), self._where)  # pyright: ignore
+        hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+        if given := [name for name, value in options.items() if value]:
+            raise ValueError(f"`{min(given)}` cannot be had: weights are written as safetensors.")
+        if is_main_process:
+            _checkpoint.save_pretrained(self.vae, save_directory)
+        if is_main_process and push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
-    def _functions(self, step: Callable, frames: int, tile: tuple[int, int]) -> list[Callable]:
-        """What a call runs, and what the backward pass runs of it."""
-        again = eqx.filter_checkpoint(step) if self.gradient_checkpointing else step
-        return [self._composed(each, frames, tile) for each in (step, again)]
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Returns the number of weights; none of them is torch's to train."""
+        del exclude_embeddings
+        return 0 if only_trainable else sum(leaf.size for leaf in jax.tree.leaves(self.vae))
 
-    def _composed(self, step: Callable, frames: int, tile: tuple[int, int]) -> Callable:
-        fn = framewise(step, frames)
-        if self.mesh is not None:
-            axes = {name: name for name in _MESH_AXES if name in self.mesh.axis_names}
-            fn = sharded(fn, self.mesh, **axes)
-        if self.use_tiling:
-            overlap = (self.tile_overlap_factor_height, self.tile_overlap_factor_width)
-            # Devices divide whole tiles only, so that on a mesh the last ones are moved inward.
-            fn = tiled(fn, tile, overlap, edges="clip" if self.mesh is None else "shift")
-        return sliced(fn) if self.use_slicing else fn
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Returns the size of the weights in bytes."""
+        del return_buffers
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.vae))
 
-    def enable_tiling(
+    def enable_group_offload(
         self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_overlap_factor_height: float | None = None,
-        tile_overlap_factor_width: float | None = None,
+        onload_device: torch.device,
+        offload_device: torch.device = _CPU,
+        offload_to_disk_path: str | None = None,
+        **options: Any,
     ) -> None:
-        """Encodes and decodes by tiles what is larger than one; None keeps what there is.
+        """Keeps the weights on `offload_device`, and puts all on the tensor's device for a call.
 
-        On a mesh each tile is cut among the devices, and the last ones are moved inward rather
-        than cut short.
-
-        **Raises:** `ValueError` for a tile that is no multiple of a latent cell, or that a mesh
-        does not divide, and an overlap that is not in [0, 1) or leaves no step to the next tile.
+        **Raises:** `ValueError` for a path: the weights stay in memory.
         """
-        size = (
-            _or(tile_sample_min_height, self.tile_sample_min_height),
-            _or(tile_sample_min_width, self.tile_sample_min_width),
-        )
-        overlap = (
-            _or(tile_overlap_factor_height, self.tile_overlap_factor_height),
-            _or(tile_overlap_factor_width, self.tile_overlap_factor_width),
-        )
-        _check_tiles(size, overlap, self.vae.config.spatial_compression)
-        self._check_tiles_on_mesh(size)
-        self._set_tiles(size, overlap)
-        self.use_tiling = True
-
-    def _check_tiles_on_mesh(self, size: tuple[int, int]) -> None:
-        cell = self.vae.config.spatial_compression
-        for name, side in zip(("height", "width"), size, strict=True):
-            among = 1 if self.mesh is None else self.mesh.shape.get(name, 1)
-            if among > 1 and (side // cell % among or side // cell < 2 * among):
-                due = max(round(side / cell / among), 2) * among * cell
-                raise ValueError(
-                    f"a tile {name} of {side} does not divide among the mesh's {among} devices "
-                    f"into parts of two latent cells or more: give {due}."
-                )
-
-    def _set_tiles(self, size: tuple[int, int], overlap: tuple[float, float]) -> None:
-        cell = self.vae.config.spatial_compression
-        self.tile_sample_min_height, self.tile_sample_min_width = size
-        self.tile_latent_min_height, self.tile_latent_min_width = (side // cell for side in size)
-        self.tile_overlap_factor_height, self.tile_overlap_factor_width = overlap
-
-    def disable_tiling(self) -> None:
-        """Encodes and decodes whole frames."""
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Encodes and decodes one clip of the batch at a time."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Encodes and decodes all clips of the batch at once."""
-        self.use_slicing = False
-
-    def enable_gradient_checkpointing(self) -> None:
-        """The backward pass keeps the caches of a frame batch, and computes the rest anew."""
-        self.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        """The backward pass keeps all activations."""
-        self.gradient_checkpointing = False
+        if offload_to_disk_path is not None:
+            raise ValueError(
+                "`offload_to_disk_path` cannot be had: the weights stay in memory, halve them by "
+                "`.to(torch.bfloat16)`."
+            )
+        self.to(offload_device)  # pyright: ignore
+        super().enable_group_offload(onload_device, offload_device, **options)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "EqxAutoencoderKLCogVideoX":
-        # Here all of torch's conversions come by: `to`, `half`, `cuda` and their like.
-        anchor = fn(self._anchor.detach())
-        vae, dtype = self.vae, _weights_dtype(anchor.dtype)
-        if not _same(anchor.device, self.device):
+        # All of torch's conversions come by here: `to`, `half`, `cuda` and their like.
+        own = torch_device(self._where)
+        anchor = fn(torch.empty(0, dtype=self.dtype, device=own))
+        vae, dtype = self.vae, weights_dtype(anchor.dtype)
+        if not same_device(anchor.device, own):
             if self.mesh is not None:
                 raise ValueError("the weights are on a mesh and stay there: give another `mesh=`.")
             vae = jax.device_put(vae, jax_device(anchor.device))
         self.vae = jax.tree.map(lambda leaf: leaf.astype(dtype), vae)
+        self._anchor.weight = torch.nn.Parameter(anchor, requires_grad=False)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        del keep_vars
         for name, (leaf, axes) in _checkpoint.stored_leaves(self.vae).items():
             destination[prefix + name] = as_tensor(leaf).permute(axes)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """**Raises:** `NotImplementedError`: the weights are JAX's."""
-        raise NotImplementedError(
-            "the adapter's weights are not torch's: make another one, by `from_pretrained` or "
-            "of an `eqx_cogvae.VAE`."
-        )
 
 
 def _blank() -> EqxAutoencoderKLCogVideoX:
     return EqxAutoencoderKLCogVideoX.__new__(EqxAutoencoderKLCogVideoX)
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _check_rank(x: torch.Tensor, channels: int) -> None:
-    if x.ndim != VIDEO_RANK or x.shape[1] != channels:
-        raise ValueError(
-            f"expected a tensor (batch, {channels} channels, frames, height, width), got shape "
-            f"{tuple(x.shape)}."
-        )
-
-
-def _weights_dtype(dtype: torch.dtype) -> jnp.dtype:
-    found = jax_dtype(dtype)
-    if found.name not in FLOATS:
-        raise ValueError(f"weights are of {', '.join(FLOATS)}, got {dtype}.")
-    return found
-
-
-def _check_tiles(
-    size: tuple[int, int], overlap: tuple[int | float, int | float], cell: int
-) -> None:
-    """Has `tiled` cut frames of two tiles, row by row and column by column, for what it raises."""
-    fn = tiled(lambda x: x[:, :, ::cell, ::cell], size, overlap)
-    for height, width in ((2 * size[0], size[1]), (size[0], 2 * size[1])):
-        eqx.filter_eval_shape(fn, jax.ShapeDtypeStruct((1, 1, height, width, 1), jnp.float32))
 
 
 __all__ = ["EqxAutoencoderKLCogVideoX"]

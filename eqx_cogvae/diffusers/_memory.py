@@ -1,9 +1,10 @@
 """GPU memory for torch and JAX in one process."""
 
 import os
-import warnings
 
 import jax
+
+from .._checks import warn
 
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
@@ -15,10 +16,9 @@ def leave_memory_to_torch() -> None:
     if not _has_started():
         os.environ[_PREALLOCATE] = "false"
     elif jax.default_backend() == "gpu":
-        warnings.warn(
+        warn(
             "JAX has started, and keeps three quarters of the GPU's memory from torch: set "
-            f"{_PREALLOCATE}=false, or import eqx_cogvae.diffusers before JAX is first used.",
-            stacklevel=3,
+            f"{_PREALLOCATE}=false, or import eqx_cogvae.diffusers before JAX is first used."
         )
 
 

@@ -1,5 +1,6 @@
 """Tensors to arrays and back, without a copy where memory can be shared."""
 
+import os
 from typing import Any
 
 import jax
@@ -10,39 +11,65 @@ from jaxtyping import Array, PyTree
 
 VIDEO_RANK = 5
 
+# The process in which JAX was first used through this package, once it was.
+_process: int | None = None
+
+
+def check_process() -> None:
+    """Raises in a process that was forked from one that uses JAX, where JAX would hang.
+
+    **Raises:** `RuntimeError`.
+    """
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    if _process != os.getpid():
+        raise RuntimeError(
+            f"JAX runs in process {_process} and cannot run in its forked copy {os.getpid()}: "
+            "start workers by spawn, as with `DataLoader(..., multiprocessing_context='spawn')` "
+            "or `multiprocessing.set_start_method('spawn')`."
+        )
+
 
 def to_jax(tree: PyTree) -> PyTree:
-    """The tensors of a PyTree as JAX arrays, bit for bit; five axes turn from BCTHW to BTHWC.
+    """Returns a PyTree's tensors as JAX arrays, bit for bit; five axes turn from BCTHW to BTHWC.
 
     Memory is shared where torch's is laid out so: any contiguous tensor of other ranks, and
     video in `torch.channels_last_3d`, or as `to_torch` returns it. Else torch copies once: video
-    with frames last, strided slices, and what does not begin at a multiple of 64 bytes. The
-    arrays know nothing of autograd: tensors are detached. Other leaves pass as they are.
+    with frames last, strided slices, lazy conjugates and negatives, and what does not begin at a
+    multiple of 64 bytes. The arrays know nothing of autograd: tensors are detached. Other leaves
+    pass as they are.
 
     A tensor that shares its memory must not be written to while the array is in use.
 
-    **Raises:** `ValueError` for a dtype or a device that JAX lacks.
+    **Raises:** `ValueError` for a dtype, a layout or a device that JAX lacks; `RuntimeError` in a
+    process that was forked.
     """
+    check_process()
     return jax.tree.map(lambda x: _to_jax(x) if isinstance(x, torch.Tensor) else x, tree)
 
 
 def to_torch(tree: PyTree) -> PyTree:
-    """The JAX arrays of a PyTree as tensors, bit for bit; five axes turn from BTHWC to BCTHW.
+    """Returns a PyTree's JAX arrays as tensors, bit for bit; five axes turn from BTHWC to BCTHW.
 
     Memory is shared, so that video is in `torch.channels_last_3d`: do not write to tensors whose
     arrays are still in use. Copied are arrays that lie on several devices (gathered on the
     first), and those on a device that torch lacks (brought to the host). Other leaves pass as
     they are.
 
-    **Raises:** `ValueError` for a dtype that torch lacks.
+    **Raises:** `ValueError` for a dtype that torch lacks; `RuntimeError` in a forked process.
     """
+    check_process()
     return jax.tree.map(lambda x: _to_torch(x) if isinstance(x, jax.Array) else x, tree)
 
 
 def _to_jax(x: torch.Tensor) -> Array:
     jax_dtype(x.dtype)
     jax_device(x.device)
-    x = x.detach()
+    if x.layout != torch.strided or x.is_nested:
+        raise ValueError(f"JAX has no {x.layout} tensors: give a dense one, as `.to_dense()` does.")
+    # What a lazy conjugate or negative still has to do is lost on the way, unless it is done.
+    x = x.detach().resolve_conj().resolve_neg()
     if x.ndim == VIDEO_RANK:
         x = x.permute(0, 2, 3, 4, 1)
     return jax.dlpack.from_dlpack(x.contiguous())
@@ -54,13 +81,14 @@ def _to_torch(x: Array) -> torch.Tensor:
 
 
 def as_tensor(x: Array) -> torch.Tensor:
-    """In memory that torch reaches, axes as they are."""
+    """Returns an array as a tensor in memory that torch reaches, axes as they are."""
     torch_dtype(x.dtype)
     reached = jax_device(torch_device(x.sharding))
     return torch.from_dlpack(x if x.devices() == {reached} else jax.device_put(x, reached))
 
 
 def jax_dtype(dtype: torch.dtype) -> jnp.dtype:
+    """Returns JAX's dtype of the same name."""
     try:
         found = jnp.dtype(str(dtype).removeprefix("torch."))
     except TypeError as error:
@@ -74,6 +102,7 @@ def jax_dtype(dtype: torch.dtype) -> jnp.dtype:
 
 
 def torch_dtype(dtype: jnp.dtype) -> torch.dtype:
+    """Returns torch's dtype of the same name."""
     found = getattr(torch, dtype.name, None)
     if not isinstance(found, torch.dtype):
         raise ValueError(f"torch has no dtype {dtype.name}: cast the array, to float32 say.")
@@ -81,7 +110,7 @@ def torch_dtype(dtype: jnp.dtype) -> torch.dtype:
 
 
 def jax_device(device: torch.device) -> Any:
-    """Torch's device as JAX knows it."""
+    """Returns torch's device as JAX knows it."""
     platform = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
     try:
         devices = jax.local_devices(backend=platform) if platform else []
@@ -98,7 +127,7 @@ def jax_device(device: torch.device) -> Any:
 
 
 def torch_device(sharding: Sharding) -> torch.device:
-    """Where torch meets an array: on its first device, or on the host where torch lacks that."""
+    """Returns the first device of an array, or the CPU where torch lacks that device."""
     first = min(sharding.addressable_devices, key=lambda device: device.id)
     if first.platform == "gpu" and torch.cuda.is_available():
         return torch.device("cuda", first.local_hardware_id)
@@ -108,6 +137,7 @@ def torch_device(sharding: Sharding) -> torch.device:
 __all__ = [
     "VIDEO_RANK",
     "as_tensor",
+    "check_process",
     "jax_device",
     "jax_dtype",
     "to_jax",

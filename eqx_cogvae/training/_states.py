@@ -1,51 +1,117 @@
 """Training states in files."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from .._files import Written, atomic, check_regular
-from ._crops import Crops as Crops, Source as Source
-from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
+from .._checkpoint.tensors import Stored, read_safetensors, write_safetensors
+from .._files import atomic
 from ._trainer import TrainState
+
+_FORMAT = "eqx_cogvae.state.1"
+_SHOWN = 3
+_WRONG = "is not a state of this model and optimiser"
 
 
 def save_state(path: str | os.PathLike, state: TrainState) -> None:
-    """Writes a state; a process killed meanwhile leaves the file that was there.
+    """Writes a state as safetensors; a process killed meanwhile leaves the file that was there.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `state`: weights, average and optimiser state. Functions among its leaves are left out.
 
     **Raises:** `OSError` where the file cannot be written.
     """
-    with atomic(path) as partial, Written(partial) as file:
-        eqx.tree_serialise_leaves(file, state)  # pyright: ignore
+    metadata = {"format": _FORMAT, "optimiser": " ".join(_kinds(state.optimiser))}
+    with atomic(path) as partial:
+        write_safetensors(partial, _stored(state), metadata)
 
 
 def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
     """Reads a state that was saved, to go on to the same losses.
 
-    `like` is one of its kind, as `Trainer.init` gives it; the state goes where that is.
+    **Arguments:**
 
-    **Raises:** `FileNotFoundError`; `ValueError` for another model's or optimiser's state.
+    - `path`: the file.
+    - `like`: a state of its kind, as `Trainer.init` gives it; the result goes where that is.
+
+    **Returns:** the state.
+
+    **Raises:** `FileNotFoundError`; `ValueError` for another model's or optimiser's state, told
+    by the names, shapes and dtypes of its parts, and for a file that is no whole state.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no training state at {path}.")
-    check_regular(path)
     try:
-        with Path(path).open("rb") as file:
-            state = eqx.tree_deserialise_leaves(file, like)
-        return jax.tree.map(_placed_as, state, like)
-    except (RuntimeError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())
+        metadata, tensors = read_safetensors(path, "is a pickle or an archive.")
+    except ValueError as error:
+        raise ValueError(f"{path} {_WRONG} ({error})") from error
+    optimiser = " ".join(_kinds(like.optimiser))
+    held = _parts(tensors, metadata.get("optimiser"), metadata.get("format"))
+    due = _parts(_stored(like), optimiser, _FORMAT)
+    if held != due:
         raise ValueError(
-            f"{path} is not a state of this model and optimiser ({reason}): build both as they "
-            "were when it was saved."
-        ) from error
+            f"{path} {_WRONG} (it holds {_listed(held - due)}; due is {_listed(due - held)}): "
+            "build both as they were when it was saved."
+        )
+
+    def read(place: Any, leaf: Any) -> Any:
+        tensor = tensors.get(jax.tree_util.keystr(place))
+        return leaf if tensor is None else _placed_as(tensor.read(), leaf)
+
+    return jax.tree_util.tree_map_with_path(read, like)
 
 
-def _placed_as(x: Any, like: Any) -> Any:
-    return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else x
+def _stored(state: TrainState) -> dict[str, Stored]:
+    """Returns the arrays and numbers of a state by their place in the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    tensors = {}
+    for place, leaf in leaves:
+        if not callable(leaf):
+            leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            like = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+            read = lambda leaf=leaf: np.asarray(leaf)  # noqa: E731
+            tensors[jax.tree_util.keystr(place)] = Stored(like.shape, like.dtype.name, read)
+    return tensors
+
+
+def _kinds(optimiser: Any) -> Iterator[str]:
+    """Yields the types of an optimiser's states: some differ in these and not in their names."""
+    if hasattr(optimiser, "_fields") and optimiser:
+        yield type(optimiser).__name__
+    is_state = lambda node: node is not optimiser and hasattr(node, "_fields")  # noqa: E731
+    for node in jax.tree.leaves(optimiser, is_leaf=is_state):
+        if hasattr(node, "_fields"):
+            yield from _kinds(node)
+
+
+def _parts(tensors: dict[str, Stored], optimiser: str | None, made_by: str | None) -> set[str]:
+    parts = {f"{name} of {t.dtype}{list(t.shape)}" for name, t in tensors.items()}
+    return parts | {f"the format {made_by}", f"an optimiser of {optimiser}"}
+
+
+def _listed(parts: set[str]) -> str:
+    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return (", ".join(sorted(parts)[:_SHOWN]) or "no more") + more
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _placed_as(array: np.ndarray, like: Any) -> Any:
+    if _is_key(like):
+        key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+        return jax.device_put(key, like.sharding)
+    if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+        return jax.device_put(array, like.sharding)
+    return array if isinstance(like, np.ndarray) else type(like)(array.item())
 
 
 __all__ = ["load_state", "save_state"]
