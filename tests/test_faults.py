@@ -111,11 +111,13 @@ def refused(*_):
 
 
 @pytest.fixture
-def nobody():
+def nobody(tmp_path):
     """The rights of an ordinary user, where the superuser, who may write anywhere, runs the tests.
 
-    They are asked for by the real user: the effective one stays, for pytest to tidy up.
+    They are asked for by the real user: the effective one stays, for pytest to tidy up. The folder
+    is there by then, as pytest would have each user's below a name of its own.
     """
+    del tmp_path
     if os.geteuid():
         yield
         return
