@@ -4,17 +4,20 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
 BIN := .venv/bin
 PINS := -c constraints.txt --build-constraint constraints.txt
-TESTED := '.[diffusers,video,train]' --group test
+TESTED := '.[diffusers,video,train,ray]' --group test
 NOTEBOOKS := $(patsubst notebooks/%.py,build/notebooks/%.ipynb,$(wildcard notebooks/*.py))
 
-.PHONY: help demo test test-full matrix lint format docs docs-serve notebooks site clean
+.PHONY: help demo test test-full coverage mutants matrix lint hooks format docs docs-serve notebooks site clean
 
 help:
 	@echo 'make demo       reconstruct a clip, offline'
-	@echo 'make test       the tests, but for the full-size ones'
-	@echo 'make test-full  the full-size tests'
+	@echo 'make test       the tests, but for the long ones'
+	@echo 'make test-full  the long tests: full sizes, whole grids, many random cases'
+	@echo 'make coverage   the tests, and the lines and branches that they leave out'
+	@echo 'make mutants    small wrong edits, one at a time: which do the tests miss?'
 	@echo 'make matrix     some tests, on the lowest and highest versions supported'
 	@echo 'make lint       ruff and pyright'
+	@echo 'make hooks      lint before every commit, by prek'
 	@echo 'make format     mend what ruff can mend'
 	@echo 'make docs       the site, into site/; make docs-serve shows it while you write'
 	@echo 'make site       the site, looked at in Chromium'
@@ -24,13 +27,24 @@ help:
 demo: .venv/.demo
 	$(BIN)/python -m eqx_cogvae reconstruct $(ARGS)
 
-# LLVM's last passes cost half of the suite's time; `make test-full` runs with them.
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=1
+# Compiling is most of the suite's time, and LLVM's passes are most of that: `make test-full` runs
+# with them. A file's tests share programs, so that each file stays in one process.
+test coverage mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-full: .venv/.test
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+coverage: .venv/.test
+	rm -rf build/coverage
+	mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m coverage combine
+	$(BIN)/python -m coverage report
+
+mutants: .venv/.test
+	$(BIN)/python scripts/mutants.py $(ARGS)
 
 matrix: .venv/.pip
 	$(BIN)/python scripts/matrix.py $(ARGS)
@@ -39,6 +53,10 @@ lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright -p tests
+
+hooks: .venv/.lint
+	$(BIN)/prek install
 
 format: .venv/.lint
 	$(BIN)/ruff check --fix .

@@ -1,13 +1,14 @@
 """The layers: from an array and what is cached of its past, to an array and the new cache."""
 
 import functools
+import math
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import named_scope
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ._lowering import (
     Affine,
@@ -19,10 +20,11 @@ from ._lowering import (
     pointwise_conv,
     valid_conv,
 )
-from ._types import Key, at_least_float32
+from ._types import Key, at_least_float32, is_traced
 
 PAD_MODES = ("first", "constant", "replicate")
 _SPATIAL_EPS = 1e-6
+_DRAWN_AT_ONCE = 2**16
 
 
 class Conv(eqx.Module):
@@ -40,8 +42,8 @@ class Conv(eqx.Module):
             fan_in *= size
         bound = fan_in**-0.5
         wkey, bkey = jax.random.split(key)
-        self.weight = jax.random.uniform(wkey, (*sizes, i, o), dtype, -bound, bound)
-        self.bias = jax.random.uniform(bkey, (o,), dtype, -bound, bound)
+        self.weight = _uniform(wkey, (*sizes, i, o), bound, dtype)
+        self.bias = _uniform(bkey, (o,), bound, dtype)
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
         """Multiplies the channels of each pixel by a kernel of size 1x1x1."""
@@ -50,6 +52,25 @@ class Conv(eqx.Module):
     def taps(self) -> Taps:
         """Returns the kernel and the bias."""
         return Taps(self.weight, self.bias)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _draw(key: Key, i: Int[Array, ""] | int, bound: Float[Array, ""] | float, dtype) -> Array:
+    return jax.random.uniform(jax.random.fold_in(key, i), (_DRAWN_AT_ONCE,), dtype, -bound, bound)
+
+
+def _uniform(key: Key, shape: tuple[int, ...], bound: float, dtype) -> Array:
+    """Draws numbers between `-bound` and `bound`, in parts of one size.
+
+    The parts share one program: compiling one for each shape takes five times as long as drawing.
+    """
+    count = math.prod(shape)
+    parts = range(-(-count // _DRAWN_AT_ONCE))
+    if is_traced(key):
+        drawn = jax.vmap(lambda i: _draw(key, i, bound, dtype))(jnp.arange(len(parts)))
+        return drawn.ravel()[:count].reshape(shape)
+    drawn = jax.device_get([_draw(key, i, bound, dtype) for i in parts])
+    return jax.device_put(np.concatenate(drawn)[:count].reshape(shape))
 
 
 class CausalConv3d(eqx.Module):

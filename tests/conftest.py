@@ -1,7 +1,6 @@
-"""Strict JAX, cached compilation, and what tests share."""
+"""Strict JAX, cached compilation, how processes share the tests, and what CI does not skip."""
 
 import gc
-import itertools
 import os
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import jaxtyping
 import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-import eqx_cogvae as cv
-
+pytest_plugins = ["compile_times"]
 ROOT = Path(__file__).resolve().parents[1]
 _MAPS = Path("/proc/self/maps")
 _MANY_MAPS = 25_000
@@ -38,6 +36,37 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 
+# Those that take longest begin, so that no process waits for another's last file.
+_FIRST = (
+    *("test_sharding", "test_autoencoder", "test_lowering", "test_notebooks", "test_examples"),
+    *("test_layers", "test_cli", "test_training", "test_transforms", "test_plan", "test_tiles"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Keeps each file in one process, where its tests share what they compile.
+
+    Notebooks compile in processes of their own, and share nothing.
+    """
+    rank = {name: place for place, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        alone = item.path.stem == "test_notebooks"
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session):
+    """Fails where CI skips a test: there only a GPU is missing."""
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if "CI" in os.environ and reporter is not None:
+        skipped = {report.nodeid for report in reporter.stats.get("skipped", ())}
+        if wrong := {name for name in skipped if not name.startswith("tests/test_gpu.py")}:
+            reporter.write_line(f"skipped, which CI does not allow: {', '.join(sorted(wrong))}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    return (yield)
+
+
 @pytest.fixture(autouse=True)
 def _few_programs():
     """Forgets compiled programs before there are too many.
@@ -53,32 +82,8 @@ def _few_programs():
 
 
 @pytest.fixture
-def getkey():
-    """A fresh key at each call, the same ones in every run."""
-    seeds = itertools.count()
-    return lambda: jax.random.key(next(seeds))
-
-
-@pytest.fixture
 def unchecked():
     """Without the annotations' own checks, which come first, as a user has it."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="session")
-def tiny_config():
-    """Four blocks as in the published models, as narrow as makes sense."""
-    return cv.Config(
-        block_out_channels=(8, 16, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-
-
-@pytest.fixture(scope="session")
-def tiny_vae(tiny_config):
-    """Random weights; compiled once for all who use it."""
-    return cv.VAE(tiny_config, key=jax.random.key(0))

@@ -11,6 +11,11 @@ import torch
 
 import eqx_cogvae as cv
 
+# The one that tests share where depth is not the point, so that they share programs as well.
+SHALLOW = cv.Config(
+    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
+)
+
 
 def reference(config, seed=0):
     """A diffusers model with random weights; norms too, which torch starts at one and zero."""

@@ -1,7 +1,6 @@
 """Whole datasets: what is encoded, under which names, and that no accident changes it."""
 
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -972,7 +971,6 @@ def test_a_missing_ray_is_named(vae, videos, tmp_path, monkeypatch):
         dataset.encode(vae, videos, tmp_path, NINE, engine="ray")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_ray_gives_the_same_bytes(vae, model, tmp_path):
     for seed in range(8):
         write(tmp_path / "v" / f"{seed}.mp4", 9 + 3 * seed, seed)

@@ -27,6 +27,7 @@ CONFIG = cv.Config(
     block_out_channels=(2, 4), norm_num_groups=2, latent_channels=2, layers_per_block=1
 )
 OLD = b"old"
+NOBODY = 65534
 
 
 def vae(seed=0, **fields):
@@ -109,9 +110,24 @@ def refused(*_):
     raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+@pytest.fixture
+def nobody(tmp_path):
+    """The rights of an ordinary user, where the superuser, who may write anywhere, runs the tests.
+
+    They are asked for by the real user: the effective one stays, for pytest to tidy up. The folder
+    is there by then, as pytest would have each user's below a name of its own.
+    """
+    del tmp_path
+    if os.geteuid():
+        yield
+        return
+    os.setreuid(NOBODY, 0)
+    yield
+    os.setreuid(0, 0)
+
+
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_folder_without_rights_is_named(writer, tmp_path):
+def test_a_folder_without_rights_is_named(writer, nobody, tmp_path):
     name, write = WRITERS[writer]
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError, match=r"cannot write .* is not writable"):
@@ -206,7 +222,6 @@ os._exit(0)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, to be killed soon")
 def test_a_killed_process_leaves_a_whole_file(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path, "12"],
@@ -223,6 +238,14 @@ IMPORTS = (Path(cv.__file__).parents[1], Path(__file__).parent)
 
 
 # Ctrl-C.
+
+
+@pytest.fixture
+def heard():
+    """SIGINT as at a terminal: a shell lets the processes that it starts with `&` ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def counting(x, cache):
@@ -243,7 +266,7 @@ def interrupting(calls, at):
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_an_interrupted_stream_is_resumable(at, monkeypatch):
+def test_an_interrupted_stream_is_resumable(at, heard, monkeypatch):
     """Signalled within a step, after which the old cache is gone."""
     x, calls = normal((1, 9, 1, 1, 1)), []
     due = np.asarray(cv.framewise(counting, 2)(x))
@@ -259,7 +282,7 @@ def test_an_interrupted_stream_is_resumable(at, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_interrupt_is_not_held_back(monkeypatch):
+def test_a_second_interrupt_is_not_held_back(heard, monkeypatch):
     def step(*_):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)

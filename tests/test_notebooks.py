@@ -29,6 +29,8 @@ def execute(source, target):
         "HF_HUB_OFFLINE": "1",
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PLATFORMS": "cpu",
+        # A process that shares the cache may still be writing the entry: JAX compiles instead.
+        "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry:UserWarning",
     }
     command = [sys.executable, "-m", "jupytext", "--to", "notebook", "--execute", "--output"]
     return subprocess.run(

@@ -18,6 +18,7 @@ CELL = CONFIG.spatial_compression
 DTYPES = ("float16", "bfloat16", "float32")
 
 sides = st.integers(1, 9)
+few_sides = st.sampled_from([1, 2, 5, 9])  # of which tiles share programs
 overlaps = st.sampled_from([0, 1 / 6, 0.2, 0.25, 0.5, 0.75, 0.9, 0.99])
 orders = st.permutations(["sliced", "tiled"])
 tiles = st.none() | st.tuples(st.tuples(sides, sides), st.tuples(overlaps, overlaps))
@@ -91,6 +92,22 @@ def running_sum(x, cache):
 
 
 @given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 7), few_sides, few_sides),
+    batch=st.integers(1, 4),
+    tile=st.none() | st.tuples(st.tuples(few_sides, few_sides), st.tuples(overlaps, overlaps)),
+    edge=edges,
+    sliced=st.booleans(),
+    order=orders,
+    traced=st.booleans(),
+)
+@hypothesis.settings(max_examples=15)
+def test_values_of_a_local_function(shape, batch, tile, edge, sliced, order, traced):
+    """A function that sees one cell only is the same in tiles, slices and batches."""
+    assert_local(shape, batch, tile, edge, sliced, order, traced)
+
+
+@pytest.mark.full
+@given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 7), sides, sides),
     batch=st.integers(1, 4),
     tile=tiles,
@@ -99,9 +116,12 @@ def running_sum(x, cache):
     order=orders,
     traced=st.booleans(),
 )
-@hypothesis.settings(max_examples=40)
-def test_values_of_a_local_function(shape, batch, tile, edge, sliced, order, traced):
-    """A function that sees one cell only is the same in tiles, slices and batches."""
+@hypothesis.settings(max_examples=100)
+def test_values_of_a_local_function_at_length(shape, batch, tile, edge, sliced, order, traced):
+    assert_local(shape, batch, tile, edge, sliced, order, traced)
+
+
+def assert_local(shape, batch, tile, edge, sliced, order, traced):
     x = normal((*shape, 1))
     fn = composed(running_sum, batch, tile, edge, sliced, order)
     try:

@@ -17,8 +17,10 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 
 
 @pytest.mark.timeout(1800)  # some sixty tests
-def test_on_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-rA", "--no-header", str(CASES)]
+@pytest.mark.parametrize("which", ["not full", pytest.param("full", marks=pytest.mark.full)])
+def test_on_eight_devices(which):
+    options = ["-n", "0", "-rA", "--no-header", "-m", which]
+    command = [sys.executable, "-m", "pytest", *options, str(CASES)]
     environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
     root = CASES.parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -30,7 +30,7 @@ class Transform(eqx.Module):
         raise TypeError(UNHASHABLE)
 
     @abc.abstractmethod
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function that is held, in some other way."""
 
 

@@ -1,5 +1,8 @@
 """The VAE as diffusers' pipelines take it."""
 
+# diffusers' own signatures take arguments by position that ours takes by name alone.
+# pyright: reportIncompatibleMethodOverride=false
+
 import copy
 import dataclasses
 import os

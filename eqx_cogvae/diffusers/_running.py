@@ -1,5 +1,8 @@
 """The JAX model run on tensors: whole, by tiles, by slices, and on a mesh."""
 
+# diffusers' own signatures take arguments by position that ours takes by name alone.
+# pyright: reportIncompatibleMethodOverride=false
+
 from collections.abc import Callable
 from typing import Any
 

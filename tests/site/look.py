@@ -113,7 +113,11 @@ def _watch(page: Page, root: str, name: str, wrong: list[str]) -> None:
         if not url.startswith((root, "data:", "blob:")):
             wrong.append(f"{name}: asks {url}")
 
-    page.on("console", lambda m: m.type == "error" and wrong.append(f"{name}: {m.text}"))
+    def said(kind: str, text: str) -> None:
+        if kind == "error":
+            wrong.append(f"{name}: {text}")
+
+    page.on("console", lambda m: said(m.type, m.text))
     page.on("pageerror", lambda error: wrong.append(f"{name}: {error}"))
     page.on("requestfailed", lambda r: wrong.append(f"{name}: failed {r.url[:100]}"))
     page.on("request", lambda r: asked(r.url))

@@ -1,0 +1,557 @@
+"""Asks whether the tests notice: small wrong edits of the package, one at a time, in a copy.
+
+    python scripts/mutants.py                        # all of them
+    python scripts/mutants.py --only ramp halo       # those whose names hold one of the words
+    python scripts/mutants.py --list                 # only looks whether each edit still applies
+
+Each edit names the tests that must fail with it. The exit code is 1 where an edit survives, and 2
+where an edit's old text is not in its file exactly once, so that it has to be written anew.
+"""
+
+import argparse
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("eqx_cogvae", "tests", "pyproject.toml", "README.md", "scripts")
+SECONDS = 900
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+
+
+class Mutant(NamedTuple):
+    """An edit: in `file`, `old` becomes `new`; `tests -k only` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    only: str
+
+
+_FRAMEWISE = "_transforms/framewise.py"
+_STREAMED = "_transforms/streamed.py"
+_TILED = "_transforms/tiled.py"
+_SHARDED = "_transforms/sharded.py"
+MUTANTS = (
+    # Layers and their lowering, the network.
+    Mutant(
+        "a cache is one frame late",
+        "_lowering/conv.py",
+        "x[:, -past:] if past",
+        "x[:, -past - 1 : -1] if past",
+        "test_lowering",
+        "the_cache_is_the_last_frames",
+    ),
+    Mutant(
+        "the last frame stands in for those before the first",
+        "_lowering/conv.py",
+        "jnp.repeat(x[:, :1], past, axis=1)",
+        "jnp.repeat(x[:, -1:], past, axis=1)",
+        "test_layers",
+        "sees_no_later_frame",
+    ),
+    Mutant(
+        "an odd side loses its last pixel to Winograd",
+        "_lowering/winograd.py",
+        "(above, below + h % 2), (left, right + w % 2)",
+        "(above + h % 2, below), (left, right + w % 2)",
+        "test_lowering",
+        "fewer_multiplications",
+    ),
+    Mutant(
+        "a loop over frames begins with zeros",
+        "_lowering/chunked.py",
+        "past = jnp.repeat(first, unit.past, axis=1)",
+        "past = 0 * jnp.repeat(first, unit.past, axis=1)",
+        "test_lowering",
+        "chunks_are_the_whole",
+    ),
+    Mutant(
+        "scale and shift are swapped",
+        "_layers.py",
+        "for f in (self.conv_y, self.conv_b))",
+        "for f in (self.conv_b, self.conv_y))",
+        "test_layers",
+        "test_spatial_norm",
+    ),
+    Mutant(
+        "moments are of the first frame alone",
+        "_layers.py",
+        "jnp.mean(jnp.mean(x, axis=3",
+        "jnp.mean(jnp.mean(x[:, :1], axis=3",
+        "test_layers",
+        "group_norm_is_as_exact",
+    ),
+    Mutant(
+        "the first of an odd number of frames is no exception",
+        "_layers.py",
+        "odd = x.shape[1] % 2\n",
+        "odd = 0 * x.shape[1]\n",
+        "test_layers",
+        "test_resampling",
+    ),
+    Mutant(
+        "zeros are added before a picture, not behind it",
+        "_layers.py",
+        "pads=((0, 1), (0, 1))",
+        "pads=((1, 0), (1, 0))",
+        "test_layers",
+        "test_resampling",
+    ),
+    Mutant(
+        "the caches of a block are swapped",
+        "_resnet.py",
+        "ResnetCache(cache1, cache2)\n",
+        "ResnetCache(cache2, cache1)\n",
+        "test_autoencoder",
+        "frame_counts_agree and 17",
+    ),
+    Mutant(
+        "latents are unscaled twice as far",
+        "_autoencoder.py",
+        "scaled = latents / self._factor(",
+        "scaled = latents * self._factor(",
+        "test_autoencoder",
+        "scaling_of_latents",
+    ),
+    Mutant(
+        "the shift of latents is left out",
+        "_autoencoder.py",
+        "(config.shift_factor or 0.0)",
+        "0.0 * (config.shift_factor or 0.0)",
+        "test_autoencoder",
+        "scaling_of_latents",
+    ),
+    Mutant(
+        "a video with NaN is encoded",
+        "_checks.py",
+        "if not np.isfinite(largest):",
+        "if largest == -1:",
+        "test_autoencoder",
+        "video_with_nan",
+    ),
+    # Batches of frames.
+    Mutant(
+        "a batch's cache is lost",
+        _FRAMEWISE,
+        "result, cache = jitted_step(",
+        "result, _ = jitted_step(",
+        "test_transforms",
+        "framewise_is_the_whole_clip",
+    ),
+    Mutant(
+        "a scan's cache is one batch late",
+        _FRAMEWISE,
+        "            result, cache = self.step(frames, cache)\n",
+        "            result, _ = self.step(frames, cache)\n",
+        "test_transforms",
+        "framewise_is_the_whole_clip",
+    ),
+    Mutant(
+        "the batches of a scan come back in reverse",
+        _FRAMEWISE,
+        "lax.scan(body, cache, jnp.moveaxis(batches, 1, 0))",
+        "lax.scan(body, cache, jnp.moveaxis(batches, 1, 0), reverse=True)",
+        "test_transforms",
+        "framewise_is_the_whole_clip",
+    ),
+    Mutant(
+        "the last batch takes the remainder",
+        "_frames.py",
+        "(size + t % size,) + (size,) * (t // size - 1)",
+        "(size,) * (t // size - 1) + (size + t % size,)",
+        "test_transforms",
+        "steady_batches_share",
+    ),
+    Mutant(
+        "frames are padded to 8k",
+        "_frames.py",
+        "missing = (1 - t) % SAMPLE_BATCH",
+        "missing = -t % SAMPLE_BATCH",
+        "test_autoencoder",
+        "padding_is_undone",
+    ),
+    Mutant(
+        "frames are padded by the first",
+        "_frames.py",
+        "jnp.repeat(video[:, -1:], count",
+        "jnp.repeat(video[:, :1], count",
+        "test_autoencoder",
+        "padding_is_undone",
+    ),
+    Mutant(
+        "frames are cropped at the front",
+        "_frames.py",
+        "return video[:, :t]",
+        "return video[:, -t:]",
+        "test_autoencoder",
+        "padding_is_undone",
+    ),
+    # Slices.
+    Mutant(
+        "every slice is the first",
+        "_transforms/sliced.py",
+        "a[i : i + 1]",
+        "a[:1]",
+        "test_transforms",
+        "sliced",
+    ),
+    Mutant(
+        "slices of different batches are taken",
+        "_transforms/sliced.py",
+        "if len(batch) != 1:",
+        "if not batch:",
+        "test_transforms",
+        "sliced_arguments",
+    ),
+    # Streams.
+    Mutant(
+        "a resumed stream skips a frame",
+        _STREAMED,
+        "self.frame += batch.shape[1]",
+        "self.frame += batch.shape[1] + 1",
+        "test_streams",
+        "saved_cache_resumes",
+    ),
+    Mutant(
+        "the caller's cache is given away",
+        _STREAMED,
+        "jnp.array(x, copy=True)",
+        "jnp.asarray(x)",
+        "test_streams",
+        "saved_cache_resumes",
+    ),
+    Mutant(
+        "a stream takes frames of any size",
+        _STREAMED,
+        "if (self._like or like) != like:",
+        "if not like:",
+        "test_streams",
+        "bad_streams",
+    ),
+    Mutant(
+        "a first batch of unknown length has no remainder",
+        _STREAMED,
+        "first = self._size + self._waiting[0].shape[1] % self._size",
+        "first = self._size",
+        "test_streams",
+        "takes_arrays_and_iterators or short_clips",
+    ),
+    Mutant(
+        "pixels are rounded down",
+        _STREAMED,
+        "jnp.rint(levels)",
+        "jnp.floor(levels)",
+        "test_streams",
+        "pixels_before_they_leave",
+    ),
+    Mutant(
+        "an interrupt during a step is forgotten",
+        "_transforms/interruption.py",
+        "if self._pending is not None:\n            pending, self._pending",
+        "if self._pending is None:\n            pending, self._pending",
+        "test_faults",
+        "interrupt",
+    ),
+    # Tiles.
+    Mutant(
+        "a ramp starts at 1",
+        _TILED,
+        "(jnp.arange(extent, dtype=jnp.float32) / extent)",
+        "((1 + jnp.arange(extent, dtype=jnp.float32)) / extent)",
+        "test_tiles",
+        "blend",
+    ),
+    Mutant(
+        "a ramp runs backwards",
+        _TILED,
+        "tail.astype(dtype) * (1 - ramp) + head.astype(dtype) * ramp",
+        "tail.astype(dtype) * ramp + head.astype(dtype) * (1 - ramp)",
+        "test_tiles",
+        "blend",
+    ),
+    Mutant(
+        "a tile's stride is one cell longer",
+        _TILED,
+        "// down * down\n    if stride < 1",
+        "// down * down + down\n    if stride < 1",
+        "test_tiles",
+        "equals_diffusers",
+    ),
+    Mutant(
+        "columns are blended over the rows' overlap",
+        _TILED,
+        "_blended(line[-1], piece, column.lead, _WIDTH)",
+        "_blended(line[-1], piece, row.lead, _WIDTH)",
+        "test_tiles",
+        "equals_diffusers",
+    ),
+    Mutant(
+        "a tile that was moved inward is left out",
+        _TILED,
+        "starts = [*range(0, last, stride), last]",
+        "starts = [*range(0, last + 1, stride)]",
+        "test_tiles",
+        "spans_cover",
+    ),
+    # Devices.
+    Mutant(
+        "a shard's halo is one row short",
+        _SHARDED,
+        '_LEAST = {"batch": 1, "height": 2, "width": 2}',
+        '_LEAST = {"batch": 1, "height": 1, "width": 2}',
+        "eight_devices",
+        "what_does_not_divide or best_mesh or no_mesh",
+    ),
+    Mutant(
+        "height is cut where width is asked for",
+        _SHARDED,
+        "PartitionSpec(self.batch, None, self.height, self.width, None)",
+        "PartitionSpec(self.batch, None, self.width, self.height, None)",
+        "eight_devices",
+        "steps_are_exact and decode-2x1",
+    ),
+    Mutant(
+        "the best mesh has the longest edges",
+        _SHARDED,
+        "height / way[1] + width / way[2]",
+        "height / way[2] + width / way[1]",
+        "eight_devices",
+        "best_mesh",
+    ),
+    # The posterior and the configuration.
+    Mutant(
+        "log variances are not clamped above",
+        "_posterior.py",
+        "_LOGVAR_RANGE = (-30.0, 20.0)",
+        "_LOGVAR_RANGE = (-30.0, 90.0)",
+        "test_posterior",
+        "clamped",
+    ),
+    Mutant(
+        "a variance is taken for a deviation",
+        "_posterior.py",
+        "jnp.exp(0.5 * x)",
+        "jnp.exp(x)",
+        "test_posterior",
+        "samples_have_the_moments",
+    ),
+    Mutant(
+        "a divergence is not symmetric in its terms",
+        "_posterior.py",
+        "jnp.exp(logvar - to_logvar)",
+        "jnp.exp(to_logvar - logvar)",
+        "test_posterior",
+        "divergence_from_another",
+    ),
+    Mutant(
+        "odd frames are doubled too",
+        "_config.py",
+        "t = 2 * t - t % 2",
+        "t = 2 * t",
+        "test_config",
+        "frame_counts",
+    ),
+    # Training.
+    Mutant(
+        "the average begins too slowly",
+        "training/_trainer.py",
+        "(1 + state.step) / (10 + state.step)",
+        "(9 + state.step) / (10 + state.step)",
+        "test_training",
+        "a_step_is_that_of",
+    ),
+    Mutant(
+        "every step draws the same noise",
+        "training/_trainer.py",
+        "jax.random.fold_in(key, state.step)",
+        "jax.random.fold_in(key, 7 + 0 * state.step)",
+        "test_training",
+        "a_step_is_that_of",
+    ),
+    Mutant(
+        "parts of a batch are added, not averaged",
+        "training/_trainer.py",
+        "x / self.accumulate, total",
+        "x, total",
+        "test_training",
+        "less_memory",
+    ),
+    Mutant(
+        "a crop is mirrored upside down",
+        "training/_crops.py",
+        "return crop[:, :, ::-1] if flipped",
+        "return crop[:, ::-1] if flipped",
+        "test_training",
+        "crops_are_of_the_clip",
+    ),
+    Mutant(
+        "crops forget their seed",
+        "training/_crops.py",
+        "np.random.default_rng([self._seed, index])",
+        "np.random.default_rng([index])",
+        "test_training",
+        "crops_depend_on",
+    ),
+    Mutant(
+        "a half scale counts twice",
+        "training/_losses.py",
+        "return total / count",
+        "return total",
+        "test_training",
+        "losses_of_known_clips",
+    ),
+    # Files.
+    Mutant(
+        "a file that failed is left behind",
+        "_files.py",
+        "partial.unlink(missing_ok=True)",
+        "pass",
+        "test_faults",
+        "full_disk_leaves_the_old_file",
+    ),
+    Mutant(
+        "a file is written in place",
+        "_files.py",
+        "partial = _partial(path.parent, path)",
+        "partial = path",
+        "test_faults",
+        "full_disk_leaves_the_old_file",
+    ),
+    Mutant(
+        "a pixel is rounded down",
+        "_pixels.py",
+        "module.rint((module.clip",
+        "module.floor((module.clip",
+        "test_video",
+        "written_is_read or pixels_are_converted",
+    ),
+    Mutant(
+        "a PSNR is of values in [0, 1]",
+        "video/_psnr.py",
+        "10 * math.log10(4 / mse)",
+        "10 * math.log10(1 / mse)",
+        "test_video",
+        "psnr",
+    ),
+    Mutant(
+        "the weights are left out of a clip's key",
+        "dataset/_store.py",
+        "key = digest(self.weights, self.settings.identity(), sha256, name, start)",
+        'key = digest("", self.settings.identity(), sha256, name, start)',
+        "test_dataset",
+        "what_changes_gets_another_name",
+    ),
+    Mutant(
+        "a video with one clip left counts as done",
+        "dataset/_store.py",
+        "all(self.has(clip",
+        "any(self.has(clip",
+        "test_dataset",
+        "interrupted or lost or missing or finished or killed",
+    ),
+    Mutant(
+        "a dataset's first batch is short",
+        "dataset/_clips.py",
+        "held, due, count = [], SAMPLE_BATCH + 1, 0",
+        "held, due, count = [], SAMPLE_BATCH, 0",
+        "test_dataset",
+        "clips_are_what_the_model_encodes",
+    ),
+)
+
+
+def occurrences(mutant: Mutant) -> int:
+    """How often the old text is in its file: once, or the edit is not the one that was meant."""
+    return (ROOT / "eqx_cogvae" / mutant.file).read_text("utf-8").count(mutant.old)
+
+
+def copied(folder: Path) -> None:
+    """The sources and tests, and nothing that was built."""
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    # Programs that the edit does not change need not be compiled again.
+    cache = ROOT / ".jax_cache"
+    cache.mkdir(exist_ok=True)
+    (folder / ".jax_cache").symlink_to(cache.resolve())
+
+
+@functools.cache
+def passes(tests: str, only: str, folder: Path) -> bool:
+    """Whether the tests pass without an edit: else their failure would say nothing."""
+    return run(tests, only, folder) == 0
+
+
+def outcome(mutant: Mutant, folder: Path) -> str:
+    """Says "caught", or what else became of the tests with the edit."""
+    if not passes(mutant.tests, mutant.only, folder):
+        return "SURVIVED: the tests fail, or are none, without the edit"
+    path = folder / "eqx_cogvae" / mutant.file
+    sound = path.read_text("utf-8")
+    path.write_text(sound.replace(mutant.old, mutant.new), "utf-8")
+    try:
+        code = run(mutant.tests, mutant.only, folder)
+    finally:
+        path.write_text(sound, "utf-8")
+    # Tests that never end are noticed as well.
+    return "SURVIVED" if code == 0 else "caught"
+
+
+def run(tests: str, only: str, folder: Path) -> int | None:
+    """pytest's exit code; None where it was stopped."""
+    own = {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
+    own |= EIGHT if tests == "eight_devices" else {}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+    command += [f"tests/{tests}.py", "-k", only]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | own, capture_output=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.returncode
+
+
+def main() -> int:
+    """0 where all are caught, 1 where one survives, 2 where one does not apply."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="edits whose names hold one")
+    parser.add_argument("--list", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    words = options.only or [""]
+    chosen = [m for m in MUTANTS if any(word in m.name for word in words)]
+    stale = [m for m in chosen if occurrences(m) != 1]
+    for mutant in stale:
+        print(f"{mutant.name}: its old text is {occurrences(mutant)} times in {mutant.file}")
+    if stale or not chosen:
+        return 2
+    if options.list:
+        print(*(f"{m.file}: {m.name} ({m.tests})" for m in chosen), f"{len(chosen)}", sep="\n")
+        return 0
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copied(Path(folder))
+        for mutant in chosen:
+            begun = time.perf_counter()
+            found = outcome(mutant, Path(folder))
+            survivors += found != "caught"
+            seconds = time.perf_counter() - begun
+            print(f"{found:8} {seconds:6.0f} s  {mutant.file}: {mutant.name}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
