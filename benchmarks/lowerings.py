@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from eqx_cogvae._lowering import convolution as _convolution
+from eqx_cogvae._lowering import frames, tpu
+from eqx_cogvae._lowering.choose import Geometry, Spec, Thresholds
 
 PADS = ((1, 1), (1, 1))
 SHAPES = ["8x480x720x128x128", "8x240x360x256x256", "4x120x180x512x512", "2x60x90x512x512"]
@@ -39,18 +39,12 @@ def in_3d(x: jax.Array, kernel: jax.Array, total: str) -> jax.Array:
 
 def by_tap(x: jax.Array, kernel: jax.Array, total: str) -> jax.Array:
     """A sum of convolutions in 2D."""
-    frames = x.shape[1] - 2
-
-    def of_tap(tap: int) -> jax.Array:
-        seen = x[:, tap : tap + frames].reshape(-1, *x.shape[2:])
-        return _convolution._summed_conv2d(seen, kernel[tap], PADS, total)
-
-    return sum(map(of_tap, range(3)), jnp.zeros((), total)).reshape(1, frames, *x.shape[2:4], -1)
+    return tpu.summed(x, kernel, Spec(Geometry(pads=PADS), total, Thresholds()))
 
 
 def as_channels(x: jax.Array, kernel: jax.Array, total: str) -> jax.Array:
     """One convolution in 2D, with the taps' frames side by side: ours."""
-    return _convolution._taps_as_channels(x, kernel, PADS, total)
+    return frames.channels(x, kernel, Spec(Geometry(pads=PADS), total, Thresholds()))
 
 
 WAYS = {"in 3D": in_3d, "by tap": by_tap, "as channels": as_channels}

@@ -193,7 +193,7 @@ class VAE(eqx.Module):
 
     Video is `(b, t, h, w, 3)` in [-1, 1]; latents are `(b, t', h/8, w/8, 16)` by default, in
     the VAE's own units. Numbers agree with diffusers' `AutoencoderKLCogVideoX`. Differentiable
-    in reverse, to any order; not in forward mode (`jax.jvp`, `jax.jacfwd`).
+    in forward and in reverse mode, to any order.
 
     !!! Example
 

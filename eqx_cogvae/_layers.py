@@ -18,6 +18,7 @@ from ._lowering import (
     frame_by_frame,
     frame_conv,
     pointwise_conv,
+    repeat_frames,
     valid_conv,
 )
 from ._types import Key, at_least_float32, is_traced
@@ -162,7 +163,7 @@ def _mean(x: Array, groups: int) -> Array:
     # time. Groups last: to split the channels of large arrays is to copy them.
     by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))
     by_group = jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2)
-    # By a sum, not repeated: XLA's CPU backend would look the group up for every pixel.
+    # By a sum, not repeated: some compilers would look the group up for every pixel.
     member = np.repeat(np.eye(groups, dtype=bool), x.shape[4] // groups, axis=1)
     mean = jnp.sum(jnp.where(member[None], by_group[:, :, None], 0), axis=1)
     return mean[:, None, None, None]
@@ -195,6 +196,8 @@ class SpatialNorm(eqx.Module):
         """Computes the affine map that normalises `x`, at the resolution of the latents."""
         mean, gain, bias = self.norm_layer.affine(x)
         scale, shift = (at_least_float32(f(latents)[0]) for f in (self.conv_y, self.conv_b))
+        if gain.shape[1] > 1:  # A norm of one's own may have moments for each frame.
+            scale, shift = (repeat_frames(s, gain.shape[1]) for s in (scale, shift))
         return Affine(mean, gain * scale, bias * scale + shift)
 
 

@@ -153,8 +153,8 @@ class FrameNorm(GroupNorm):
 
     def affine(self, x):
         affine = super().affine(x.reshape(-1, 1, *x.shape[2:]))
-        mean, gain = (m.reshape(*x.shape[:2], 1, 1, -1) for m in (affine.mean, affine.gain))
-        return affine._replace(mean=mean, gain=gain)
+        mean, scale = (m.reshape(*x.shape[:2], 1, 1, -1) for m in (affine.mean, affine.scale))
+        return affine._replace(mean=mean, scale=scale)
 
 
 def by_frame(model):

@@ -53,7 +53,7 @@ def decoded_by_fun(model: diffusers.AutoencoderKLCogVideoX, latents, size):
             for batch in batches:
                 frames, cache = model.decoder(batch, conv_cache=cache)
                 pieces.append(frames)
-                for block, (first,) in zip(blocks, firsts, strict=True):
+                for block, (first,) in zip(blocks, firsts, strict=True):  # pyright: ignore
                     assert isinstance(first, CogVideoXUpsample3D)
                     rest = Doubling(first) if first.compress_time else first
                     block.upsamplers = torch.nn.ModuleList([rest])

@@ -1,5 +1,6 @@
 """The package from outside: what importing it does and costs, and what it exports."""
 
+import ast
 import inspect
 import re
 import runpy
@@ -129,3 +130,57 @@ def test_the_lowest_row_of_the_matrix_is_what_is_supported():
     pins = runpy.run_path(str(ROOT / "scripts" / "matrix.py"))["LOWEST"]
     pinned = {(name, Version(version)) for name, version in (pin.split("==") for pin in pins)}
     assert pinned == {lower_bound(each) for each in asked if each.name != "ray"}
+
+
+PACKAGE = Path(cv.__file__).parent
+# Who may import what; everybody may import what stands for itself, such as jax.
+ALLOWED = {
+    "torch": ("diffusers/", "_checkpoint/", "preview.py"),  # and where a `.pt` is read
+    "diffusers": ("diffusers/",),
+    "av": ("video/",),
+    "optax": ("training/",),
+    "ray": ("dataset/_ray.py",),
+}
+MODEL = {"_layers", "_resnet", "_autoencoder"}
+ABOVE = {
+    "_lowering": MODEL | {"_transforms", "video", "_cli", "dataset", "training", "diffusers"},
+    "_transforms": MODEL | {"_lowering", "video", "_cli", "dataset", "training", "diffusers"},
+    "_layers": {"_resnet", "_autoencoder", "_transforms"},
+    "_resnet": {"_autoencoder", "_transforms"},
+    "video": MODEL | {"_cli", "dataset", "training", "diffusers"},
+    "dataset": {"_cli", "training", "diffusers"},
+    "training": {"_cli", "diffusers"},
+    "diffusers": {"_cli"},
+}
+
+
+def imports(path):
+    """The modules that a file imports: absolute ones, and parts of this package."""
+    outside, inside = set(), set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            outside |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            outside.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            inside |= {name.partition(".")[0] for name in names}
+    return outside, inside
+
+
+def test_arrows_point_downwards():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        outside, inside = imports(path)
+        wrong += [(name, m) for m in outside & ALLOWED.keys() if not name.startswith(ALLOWED[m])]
+        part = name.partition("/")[0].removesuffix(".py")
+        wrong += [(name, m) for m in inside & ABOVE.get(part, set())]
+    assert wrong == []
+
+
+def test_the_model_names_no_platform():
+    words = re.compile(r"\b(xla|tpus?|gpus?|cpus?|bands?|chunk\w*)\b", re.IGNORECASE)
+    found = [name for name in MODEL if words.search((PACKAGE / f"{name}.py").read_text())]
+    assert found == []

@@ -7,7 +7,7 @@
   another.
 """
 
-from .affine import Affine as Affine
+from .affine import Affine as Affine, repeat_frames as repeat_frames
 from .blocks import (
     normed_conv as normed_conv,
     residual_block as residual_block,

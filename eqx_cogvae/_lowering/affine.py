@@ -24,11 +24,13 @@ class Affine(NamedTuple):
         """Returns the result in at least float32, not yet rounded to the dtype of `x`."""
         return _applied(self, x)
 
-    def with_rows(self, height: Any) -> "Affine":
-        """Returns the same map with a row of `scale` and `shift` for each row of pixels."""
-        if self.scale.shape[2] == 1:
+    def with_rows(self, frames: int, height: int) -> "Affine":
+        """Returns the same map with a row of `scale` and `shift` for each row of each frame."""
+        if self.scale.shape[1:3] == (1, 1):
             return self
-        scale, shift = (_repeat(s, height, axis=2) for s in (self.scale, self.shift))
+        scale, shift = (
+            _repeat(repeat_frames(s, frames), height, axis=2) for s in (self.scale, self.shift)
+        )
         return self._replace(scale=scale, shift=shift)
 
     def of_frame(self, i: Int[Array, ""], count: int) -> "Affine":

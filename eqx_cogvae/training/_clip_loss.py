@@ -6,8 +6,7 @@ from jaxtyping import Array, Float
 
 from .._autoencoder import VAE
 from .._types import Key
-from ._crops import Crops as Crops, Source as Source
-from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
+from ._losses import gradient, kl, l1, l2, temporal
 
 Metrics = dict[str, Float[Array, ""]]
 

@@ -1,34 +1,39 @@
 """Less memory for gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from .._autoencoder import VAE
-from .._resnet import ResnetBlock
-from ._crops import Crops as Crops, Source as Source
-from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
+from .._autoencoder import VAE, DownBlock, MidBlock, UpBlock
 
 
 class _Rematerialised(eqx.Module):
     """A resnet block that keeps only its inputs for the backward pass."""
 
-    block: ResnetBlock
+    block: Callable
 
     def __call__(self, x: Array, cache: Any = None, *, latents: Array | None = None) -> Any:
         return eqx.filter_checkpoint(self.block)(x, cache, latents=latents)
 
 
 def rematerialised(vae: VAE) -> VAE:
-    """The same function, with each resnet block computed again in the backward pass.
+    """Returns the same function, with each resnet block computed again in the backward pass.
 
-    Gradients need less memory and take about a forward pass longer.
+    Gradients need less memory and take about a forward pass longer. A block of one's own is
+    wrapped like any other.
     """
-    is_block = lambda node: isinstance(node, ResnetBlock)  # noqa: E731
-    wrap = lambda node: _Rematerialised(node) if is_block(node) else node  # noqa: E731
-    return jax.tree.map(wrap, vae, is_leaf=is_block)
+    holds_blocks = lambda node: isinstance(node, DownBlock | MidBlock | UpBlock)  # noqa: E731
+
+    def wrapped(node: Any) -> Any:
+        if not holds_blocks(node):
+            return node
+        blocks = tuple(map(_Rematerialised, node.resnets))
+        return eqx.tree_at(lambda node: node.resnets, node, blocks)
+
+    return jax.tree.map(wrapped, vae, is_leaf=holds_blocks)
 
 
 __all__ = ["rematerialised"]

@@ -16,8 +16,6 @@ from .._autoencoder import VAE
 from .._checkpoint.checkpoint import tensor_names
 from .._types import Key
 from ._clip_loss import ClipLoss, Metrics
-from ._crops import Crops as Crops, Source as Source
-from ._losses import gradient as gradient, kl as kl, l1 as l1, l2 as l2, temporal as temporal
 from ._remat import rematerialised
 
 
