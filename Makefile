@@ -31,7 +31,7 @@ demo: .venv/.demo
 # with them. A file's tests share programs, so that each file stays in one process.
 test coverage mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: .venv/.test
 	$(BIN)/python -m pytest -m full $(ARGS)
@@ -39,7 +39,7 @@ test-full: .venv/.test
 coverage: .venv/.test
 	rm -rf build/coverage
 	mkdir -p build/coverage
-	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/python -m coverage combine
 	$(BIN)/python -m coverage report
 

@@ -80,7 +80,7 @@ class UpBlock(eqx.Module):
 
 
 class EncoderCache(NamedTuple):
-    """What the encoder's causal convolutions saw last."""
+    """The last frames that the encoder's causal convolutions saw."""
 
     conv_in: Float[Array, "b k h w c"] | None
     down_blocks: tuple[BlockCache, ...]
@@ -89,7 +89,7 @@ class EncoderCache(NamedTuple):
 
 
 class DecoderCache(NamedTuple):
-    """What the decoder's causal convolutions saw last."""
+    """The last frames that the decoder's causal convolutions saw."""
 
     conv_in: Float[Array, "b k h w c"] | None
     mid_block: BlockCache
@@ -109,7 +109,7 @@ class ContinuedCache(DecoderCache):
 
 
 class Encoder(eqx.Module):
-    """From a frame batch of video to the moments of its latents."""
+    """Maps a frame batch of video to the moments of its latents."""
 
     conv_in: CausalConv3d
     down_blocks: tuple[DownBlock, ...]
@@ -149,7 +149,7 @@ class Encoder(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """From a frame batch of latents to video."""
+    """Maps a frame batch of latents to video."""
 
     conv_in: CausalConv3d
     mid_block: MidBlock
@@ -310,7 +310,7 @@ class VAE(eqx.Module):
     def scale_latents(
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:
-        """To the diffusion model's units: `(z - shift - mean) / std * scaling_factor`.
+        """Returns `(z - shift - mean) / std * scaling_factor`, the diffusion model's units.
 
         `image_condition=True` is for the latents of the picture an image-to-video model starts
         from: those are divided by the factor where the config sets `invert_scale_latents`.
@@ -323,7 +323,7 @@ class VAE(eqx.Module):
     def unscale_latents(
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:
-        """From the diffusion model's units: undoes `scale_latents`."""
+        """Undoes `scale_latents`: returns latents in the VAE's own units."""
         shift, std = self._latent_statistics()
         scaled = latents / self._factor(image_condition)
         return scaled * std.astype(latents.dtype) + shift.astype(latents.dtype)

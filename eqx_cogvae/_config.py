@@ -115,7 +115,7 @@ class Config:
 
     @property
     def temporal_levels(self) -> int:
-        """How many of the blocks would halve the frame count, were there enough of them."""
+        """Number of blocks that would halve the frame count, were there enough of them."""
         return int(math.log2(self.temporal_compression_ratio))
 
     @property
@@ -124,11 +124,11 @@ class Config:
         return 2 ** min(self.temporal_levels, len(self.block_out_channels) - 1)
 
     def latent_frames(self, t: int) -> int:
-        """How many latent frames `t` sample frames encode to."""
+        """Returns how many latent frames `t` sample frames encode to."""
         return sum(map(self._down, frame_batches(t, SAMPLE_BATCH)))
 
     def sample_frames(self, t: int) -> int:
-        """How many sample frames `t` latent frames decode to."""
+        """Returns how many sample frames `t` latent frames decode to."""
         return sum(map(self._up, frame_batches(t, LATENT_BATCH)))
 
     def _down(self, t: int) -> int:
@@ -277,7 +277,7 @@ def _check_statistics(config: Config) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is finite, as a float too."""
+    """Returns True for a number that is finite, as a float too."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
 

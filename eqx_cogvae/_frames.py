@@ -1,4 +1,4 @@
-"""How clips are cut into frame batches, and frame counts that round-trip."""
+"""Cuts clips into frame batches, and knows the frame counts that round-trip."""
 
 import equinox as eqx
 import jax.numpy as jnp

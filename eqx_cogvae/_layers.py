@@ -158,7 +158,7 @@ def _moments_jvp(groups, primals, tangents):
 
 
 def _mean(x: Array, groups: int) -> Array:
-    """Of each group of channels over all frames and pixels, for each channel."""
+    """Returns the mean of each channel's group, over all frames and pixels."""
     # Row by row first: millions of float32 in one sum would lose digits, and take twice the
     # time. Groups last: to split the channels of large arrays is to copy them.
     by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))

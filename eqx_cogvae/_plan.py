@@ -1,4 +1,4 @@
-"""What a video costs in memory and arithmetic, before it is encoded or decoded."""
+"""Computes a video's memory and arithmetic before it is encoded or decoded."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ _STREAMED = "streamed"
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one way to encode or decode a video.
+    """The cost of one way to encode or decode a video.
 
     `peak` is bytes on the device at the worst moment: weights, cache, temporaries, and what of
     the video is held there; infinite, where the compiler itself found no room. `programs` are
@@ -81,7 +81,7 @@ class Plan:
         return min(fitting, key=lambda cost: cost.flop)
 
     def fits(self, cost: Cost) -> bool:
-        """Whether the budget is enough; where none is known, what could be compiled is."""
+        """Returns True if the budget is enough, or if none is known and the way compiles."""
         return cost.peak < math.inf and (self.memory is None or cost.peak <= self.memory)
 
     def __str__(self) -> str:
@@ -252,7 +252,7 @@ def _tiles(
 
 
 def _peak(programs: list[_Program], x: jax.ShapeDtypeStruct, result: int) -> float | int:
-    """Of steps whose results wait on the device, and are joined there when all are done."""
+    """Returns the peak of steps whose results wait on the device and are joined there."""
     running = max(program.peak for program in programs) + result
     joining = min(program.arguments for program in programs) + 2 * result
     return max(running, joining) + math.prod(x.shape) * x.dtype.itemsize
@@ -267,7 +267,7 @@ def _flop(programs: list[_Program]) -> int:
 
 
 def _lengths(direction: _Direction, axis: int, side: int) -> list[int]:
-    """Of the tiles along height or width."""
+    """Returns the lengths of the tiles along height or width."""
     tile, overlap = direction.tile[axis], direction.overlap[axis]
     if side <= tile:
         return [side]

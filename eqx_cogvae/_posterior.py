@@ -26,7 +26,7 @@ class DiagonalGaussian(eqx.Module):
     @classmethod
     @eqx.filter_jit
     def from_moments(cls, moments: Float[Array, "b t h w m"]) -> "DiagonalGaussian":
-        """From the encoder's channels: the means, then the log variances, clamped to [-30, 20]."""
+        """Splits the encoder's channels: means, then log variances, clamped to [-30, 20]."""
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return cls(mean, jnp.clip(logvar, *_LOGVAR_RANGE))
 

@@ -9,7 +9,12 @@ from jax import named_scope
 from jaxtyping import Array, Float
 
 from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm
-from ._lowering import normed_conv as normed_conv_in_parts, residual_block, scheduled
+from ._lowering import (
+    normalised,
+    normed_conv as normed_conv_in_parts,
+    residual_block,
+    scheduled,
+)
 from ._types import Cache, Key, ResnetCache
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -91,8 +96,7 @@ def normed_conv(
     latents: Float[Array, "b t2 h2 w2 z"] | None = None,
 ) -> tuple[Float[Array, "b t h w o"], Cache]:
     """Normalises, activates and convolves."""
-    normed = norm(x) if latents is None else norm(x, latents)
-    return conv(act(normed), cache)
+    return conv(act(normalised(norm, x, latents)).astype(x.dtype), cache)
 
 
 __all__ = ["ACTIVATIONS", "ResnetBlock", "ResnetCache", "normed_conv"]

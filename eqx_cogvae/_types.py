@@ -65,7 +65,7 @@ def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def is_traced(tree: PyTree) -> bool:
-    """Whether any array of `tree` stands for one that is not there yet."""
+    """Returns True if any array of `tree` is being traced."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 

@@ -278,13 +278,16 @@ assert jnp.array_equal(vae(clip), decoded)
 # %% [markdown]
 # ## Other sizes
 #
-# Height and width should be multiples of 8: what does not fill a cell is lost. Shapes can be asked
-# for without computing anything, by `eqx.filter_eval_shape`.
+# Height and width should be multiples of 8: what does not fill a cell is lost, and `encode` warns.
+# `eqx.filter_eval_shape` gives shapes without computing anything.
 
 # %%
 odd = jax.ShapeDtypeStruct((1, t, h + 5, w + 7, 3), jnp.float32)
-back = eqx.filter_eval_shape(lambda vae, x: vae(x), vae, odd)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    back = eqx.filter_eval_shape(lambda vae, x: vae(x), vae, odd)
 print(odd.shape, "comes back as", back.shape)
+print("warning:", caught[0].message)
 assert back.shape == (1, t, h, w, 3)
 
 # %% [markdown]

@@ -36,7 +36,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 
-# Those that take longest begin, so that no process waits for another's last file.
 _FIRST = (
     *("test_sharding", "test_autoencoder", "test_lowering", "test_notebooks", "test_examples"),
     *("test_layers", "test_cli", "test_training", "test_transforms", "test_plan", "test_tiles"),
@@ -44,15 +43,9 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Keeps each file in one process, where its tests share what they compile.
-
-    Notebooks compile in processes of their own, and share nothing.
-    """
+    """Begins with what takes longest, so that no process waits for another's last file."""
     rank = {name: place for place, name in enumerate(_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-    for item in items:
-        alone = item.path.stem == "test_notebooks"
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,6 +18,7 @@ import eqx_cogvae as cv
 from eqx_cogvae import _layers, training
 from eqx_cogvae._lowering import choose
 from eqx_cogvae._lowering.choose import Thresholds
+from eqx_cogvae.training import _trainer
 
 CONFIG = cv.Config(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
@@ -172,7 +173,7 @@ def test_what_a_device_holds_falls_with_their_number(name, vae):
 
     share = temporaries(cv.sharded(vae.decode_step, mesh, **AXES)) / temporaries(vae.decode_step)
     # Each part has the rows and columns of its neighbours besides its own.
-    assert share < 1.3 / mesh.size
+    assert share < 1.35 / mesh.size
 
 
 def test_whole_clips(vae):
@@ -404,7 +405,7 @@ def test_training_over_a_batch_is_exact_and_shared(accumulate, vae):
     for mesh in (None, mesh_of((4, 1, 1))):
         trainer = training.Trainer(optax.sgd(0.1), loss, mesh=mesh, accumulate=accumulate)
         state = trainer.init(vae)
-        program = training._update.lower((trainer, clips, key), state).compile()
+        program = _trainer._update.lower((trainer, clips, key), state).compile()
         temporaries.append(program.compiled.memory_analysis().temp_size_in_bytes)
         results.append(trainer.step(state, clips, key))
     (alone, one), (spread, four) = results

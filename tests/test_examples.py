@@ -35,6 +35,7 @@ _SMALLER = {
 PAGES = (
     "README.md",
     "docs/api/index.md",
+    "docs/api/video.md",
     "docs/datasets.md",
     "docs/index.md",
     "docs/memory.md",

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: in a directory, on the hub, or among the embedded ones."""
+"""Finds a checkpoint's files: in a directory, on the hub, or among the embedded ones."""
 
 import json
 import os

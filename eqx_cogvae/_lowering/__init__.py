@@ -1,4 +1,4 @@
-"""How each operation of the model runs on each platform, and large arrays in little memory.
+"""Runs each operation of the model on each platform, and large arrays in little memory.
 
 - `conv`: convolutions as JAX primitives; `frames`, `tpu`, `cpu`, `winograd`: their lowerings.
 - `choose`: which lowering, and which chunks, for which sizes.
@@ -9,6 +9,7 @@
 
 from .affine import Affine as Affine, repeat_frames as repeat_frames
 from .blocks import (
+    normalised as normalised,
     normed_conv as normed_conv,
     residual_block as residual_block,
     scheduled as scheduled,

@@ -95,7 +95,7 @@ class Geometry(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a lowering is told besides its two arrays."""
+    """The arguments of a lowering besides its two arrays."""
 
     geometry: Geometry
     accumulator: Any

@@ -82,7 +82,7 @@ class Unit(NamedTuple):
 
 def whole(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
     """Runs a unit on all pixels at once; returns the result and the cache."""
-    normed = act(unit.affine(unit.x[..., : unit.channels]).astype(unit.x.dtype))
+    normed = act(unit.affine(unit.x[..., : unit.channels])).astype(unit.x.dtype)
     y, cache = causal_conv(normed, *unit.taps, unit.cache)
     return unit.joined(y, unit.x, unit.residual), cache
 
@@ -115,7 +115,7 @@ def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
 
     def normed(now: Array, i: Array) -> Array:
         affine = unit.affine.of_frame(i, count)
-        return act(affine.in_cells(now[..., : unit.channels]).astype(now.dtype))
+        return act(affine.in_cells(now[..., : unit.channels])).astype(now.dtype)
 
     x, past, cache = _caches(normed, unit)
 
@@ -176,7 +176,7 @@ def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | N
         """Returns the normalised rows of a band and of those below it, with their past."""
         first = jnp.minimum(start, rows_in_all - height - margin)
         now = rows(source, first, height + margin)[..., : unit.channels]
-        y = act(affine.of_rows(first, height + margin).in_cells(now).astype(dtype))
+        y = act(affine.of_rows(first, height + margin).in_cells(now)).astype(dtype)
         if past and cache is None:
             y = jnp.concatenate([jnp.repeat(y[:, :1], past, axis=1), y], axis=1)
         elif cache is not None:

@@ -1,4 +1,4 @@
-"""From a function of one frame batch to a function of a whole clip."""
+"""Makes a function of a whole clip from a function of one frame batch."""
 
 import equinox as eqx
 import jax

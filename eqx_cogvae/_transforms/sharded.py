@@ -85,7 +85,7 @@ class Sharded(Transform):
         return place(x, NamedSharding(self.mesh, spec))
 
     def _cuts(self) -> dict[str, tuple[str, int]]:
-        """What is cut: the mesh axis it is cut over, and among how many devices."""
+        """Returns the mesh axis that each side is cut over, and its number of devices."""
         named = {name: getattr(self, name) for name in _DIMS}
         for name, axis in named.items():
             if axis is not None and axis not in self.mesh.axis_names:
@@ -114,7 +114,7 @@ class Sharded(Transform):
             )
 
     def _compression(self, name: str, args: PyTree) -> int:
-        """How many cells along a side make one of the result's; by evaluating shapes only."""
+        """Returns how many cells along a side make one of the result's, from shapes alone."""
         dim = _DIMS[name]
 
         def probe(x: Array) -> jax.ShapeDtypeStruct:

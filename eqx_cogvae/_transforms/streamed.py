@@ -351,7 +351,7 @@ def _piece(frames: Any) -> Any:
 
 
 def _length(frames: Iterable) -> int | None:
-    """Of a sequence of pieces, whose lengths add up; None where only reading it tells."""
+    """Returns the frame count of a sequence of pieces, or None if only reading it tells."""
     if not isinstance(frames, list | tuple):
         return None
     return sum(_piece(piece).shape[1] for piece in frames)

@@ -55,7 +55,7 @@ def blend(
 
 
 class Span(NamedTuple):
-    """What a tile covers of one axis: `start:stop` of the input.
+    """The part of one axis that a tile covers: `start:stop` of the input.
 
     Of its output the first `lead` cells are blended with the tile before it, and the first
     `keep` are kept.
@@ -68,7 +68,7 @@ class Span(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """How `fn` changes a side: output cells = input cells * up // down."""
+    """The change of a side by `fn`: output cells = input cells * up // down."""
 
     up: int
     down: int
@@ -124,7 +124,7 @@ class Tiled(Transform):
         return result
 
     def _factors(self, x: Array) -> tuple[Factor, Factor]:
-        """By evaluating shapes only, at a multiple of the tile."""
+        """Evaluates shapes only, at a multiple of the tile."""
         probe = [_PROBE * side for side in self.size]
         shape = (*x.shape[:_HEIGHT], *probe, *x.shape[_WIDTH + 1 :])
         out = eqx.filter_eval_shape(self.fn, jax.ShapeDtypeStruct(shape, x.dtype))

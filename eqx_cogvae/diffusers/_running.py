@@ -46,6 +46,13 @@ _Batches = tuple[int, int | None]
 class JaxAutoencoder(WithoutModules):
     """Encodes and decodes tensors with a JAX model, as diffusers' attributes say at each call."""
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Casts or moves the weights, as `torch.nn.Module.to` does."""
+        # diffusers' own method warns of every cast, also where no module must stay in float32. It
+        # is needed only once offloading has hung its hooks in.
+        hooked = hasattr(self, "_diffusers_hook")
+        return super().to(*args, **kwargs) if hooked else torch.nn.Module.to(self, *args, **kwargs)
+
     def __init__(self, vae: VAE, mesh: Mesh | None):
         check_process()
         # The constructor of diffusers' class would make its torch modules.

@@ -1,4 +1,4 @@
-"""What diffusers' class can do to its torch modules, for a model that has none."""
+"""The methods by which diffusers' class acts on torch modules, for a model without."""
 
 from collections.abc import Iterator
 from typing import Any, NoReturn

@@ -20,7 +20,7 @@ from ._remat import rematerialised
 
 
 class TrainState(eqx.Module):
-    """What a step changes: weights, their moving average, the optimiser's state, the count."""
+    """The state that a step changes: weights, their average, the optimiser's state, the count."""
 
     model: VAE
     """The weights, in the dtype that they were given in."""
@@ -176,7 +176,7 @@ def _update(held: tuple[Trainer, Array, Key], state: TrainState) -> tuple[TrainS
 
 
 def decoder_only(name: str) -> bool:
-    """Whether a tensor of this name decodes: a `trainable` that leaves the latents as they are."""
+    """Returns True for tensors that decode: a `trainable` that leaves the latents as they are."""
     return name.startswith(("decoder.", "post_quant_conv."))
 
 

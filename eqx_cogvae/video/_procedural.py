@@ -98,7 +98,7 @@ def _shape(rng: np.random.Generator, index: int, count: int, aspect: float) -> d
 
 
 def _place(shape: dict, t: int) -> np.ndarray:
-    """Where the shape's centre is at frame t: it drifts, sways, and bounces off the edges."""
+    """Returns the shape's centre at frame t: it drifts, sways, and bounces off the edges."""
     limits = np.array([shape["aspect"], 1.0])
     swing = np.array([np.cos(0.15 * t + shape["phase"]), np.sin(0.21 * t + shape["phase"])])
     at = (shape["center"] + shape["velocity"] * t) / limits
