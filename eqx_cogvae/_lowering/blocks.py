@@ -92,7 +92,7 @@ def normalised(norm: Callable, x: Array, latents: Array | None = None) -> Array:
     The activation comes first: in half precision that saves a rounding.
     """
     given = (x,) if latents is None else (x, latents)
-    return norm.affine(*given)(x) if _offers(norm, "affine") else norm(*given)
+    return norm.affine(*given)(x) if _offers(norm, "affine") else norm(*given)  # pyright: ignore
 
 
 def _unit(

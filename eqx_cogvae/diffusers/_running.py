@@ -1,7 +1,7 @@
 """The JAX model run on tensors: whole, by tiles, by slices, and on a mesh."""
 
 # diffusers' own signatures take arguments by position that ours takes by name alone.
-# pyright: reportIncompatibleMethodOverride=false
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
 from collections.abc import Callable
 from typing import Any
