@@ -195,7 +195,10 @@ class SpatialNorm(eqx.Module):
     def affine(self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]) -> Affine:
         """Computes the affine map that normalises `x`, at the resolution of the latents."""
         mean, gain, bias = self.norm_layer.affine(x)
-        scale, shift = (at_least_float32(f(latents)[0]) for f in (self.conv_y, self.conv_b))
+        # The barrier keeps them in the dtype of the latents until they are used. A compiler would
+        # else leave out that rounding, and hold those of all norms in float32 from the start.
+        read_off = jax.lax.optimization_barrier((self.conv_y(latents)[0], self.conv_b(latents)[0]))
+        scale, shift = map(at_least_float32, read_off)
         if gain.shape[1] > 1:  # A norm of one's own may have moments for each frame.
             scale, shift = (repeat_frames(s, gain.shape[1]) for s in (scale, shift))
         return Affine(mean, gain * scale, bias * scale + shift)
