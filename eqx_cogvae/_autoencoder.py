@@ -17,7 +17,7 @@ from ._meshes import on_automatic_axes
 from ._posterior import DiagonalGaussian
 from ._resnet import ResnetBlock, ResnetCache, normed_conv
 from ._transforms.framewise import framewise
-from ._types import UNHASHABLE, AnyArray, Key, bound
+from ._types import AnyArray, Key, bound, hashed
 
 _MID_RESNETS = 2
 _OUT_EPS = 1e-6
@@ -228,7 +228,7 @@ class VAE(eqx.Module):
         )
 
     def __hash__(self) -> int:
-        raise TypeError(UNHASHABLE)
+        return hashed(self)
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -38,7 +38,15 @@ class Bound(eqx.Module):
         return self.fn(self.model, *args, **options)
 
     def __hash__(self) -> int:
-        raise TypeError(UNHASHABLE)
+        return hashed(self)
+
+
+def hashed(module: eqx.Module) -> int:
+    """Returns the hash of a module without arrays; of one with arrays it says how to compile it."""
+    try:
+        return eqx.Module.__hash__(module)
+    except TypeError as error:
+        raise TypeError(UNHASHABLE) from error
 
 
 class bound:
@@ -78,5 +86,6 @@ __all__ = [
     "ResnetCache",
     "at_least_float32",
     "bound",
+    "hashed",
     "is_traced",
 ]

@@ -367,7 +367,7 @@ def held():
 def round_trip(clip, keep):
     """The PSNR of each piece, and the bytes that were held when it was there."""
     mean = lambda moments: cv.DiagonalGaussian.from_moments(moments).mode()  # noqa: E731
-    encoding = map(mean, cv.streamed(vae.encode_step, 8)(clip))
+    encoding = map(mean, cv.streamed(vae.encode_step, 8, ahead=False)(clip))
     before, done, kept, quality, memory = held(), 0, [], [], []
     for piece in cv.streamed(vae.decode_step, 2)(encoding):
         memory.append((held() - before) / 2**20)

@@ -74,10 +74,11 @@ def decode(model, latents):
 
 
 def quietly(fn, *args):
-    """Calls `fn` where its advice on frame counts and sizes is beside the point."""
+    """Calls `fn` where its advice on frame counts, sizes and ranges is beside the point."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*nearest good counts")
         warnings.filterwarnings("ignore", message=r"frames of \d+x\d+ come back as")
+        warnings.filterwarnings("ignore", message=r"video must lie in \[-1, 1\], and all values")
         return fn(*args)
 
 

@@ -282,7 +282,7 @@ def test_checkpointing_is_of_the_step(ours):
     for enable in (False, True):
         if enable:
             ours.enable_gradient_checkpointing()
-        _, again = ours._functions(ours.vae.decode_step, 2, None)
+        _, again = ours._functions(ours.vae.decode_step, (2, None), None)
         assert ("remat" in str(jax.make_jaxpr(again)(z))) == enable
 
 

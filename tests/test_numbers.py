@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import decode, encode, from_torch, normal, pair, to_torch
+from reference import decode, encode, from_torch, normal, pair, quietly, to_torch
 
 import eqx_cogvae as cv
 
@@ -62,7 +62,7 @@ def test_extreme_clips_are_finite_where_diffusers_is(dtype, models):
             posterior = model.encode(to_torch(clip).to(model.dtype)).latent_dist
         theirs[name] = finite(from_torch(posterior.mean)), finite(from_torch(posterior.logvar))
     for name, clip in CLIPS.items():
-        posterior = vae.encode(jnp.asarray(clip, jnp.float32))
+        posterior = quietly(vae.encode, jnp.asarray(clip, jnp.float32))
         assert finite(posterior.mean) >= theirs[name][0], name
         assert finite(posterior.logvar) >= theirs[name][1], name
     # And that is no empty promise.

@@ -152,7 +152,9 @@ def _opened(path: Path, framework: str, pickled: str | None = None) -> Iterator[
     except (safetensors.SafetensorError, ValueError) as error:
         with path.open("rb") as file:
             start = file.read(8)
-        if pickled is not None and start.startswith(_PICKLES):
+        # The length of a safetensors header may begin with the same byte; it ends in zeros.
+        is_length = len(start) == 8 and start.endswith(b"\0\0\0\0")
+        if pickled is not None and start.startswith(_PICKLES) and not is_length:
             raise ValueError(f"{path} {pickled}") from error
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise ValueError(

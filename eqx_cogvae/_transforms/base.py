@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._types import UNHASHABLE, Cache, is_traced
+from .._types import Cache, hashed, is_traced
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 """From a frame batch and a cache, or None, to a result and the next cache."""
@@ -27,7 +27,7 @@ class Transform(eqx.Module):
     """A function that compiles what it calls by itself, when it is not being traced."""
 
     def __hash__(self) -> int:
-        raise TypeError(UNHASHABLE)
+        return hashed(self)
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
