@@ -415,3 +415,13 @@ def test_records_that_cannot_be_read_count_as_missing(content, tmp_path):
 def test_settings_that_no_file_holds(fields, match, unchecked):
     with pytest.raises(ValueError, match=match):
         dataset.Settings(**fields)
+
+
+def test_one_video_by_several_paths_is_one_item(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "a.mp4")
+    names = ["a.mp4", f"../{tmp_path.name}/a.mp4", str(tmp_path / "a.mp4"), "link.mp4"]
+    lines = [json.dumps({"video": name, "caption": str(i)}) for i, name in enumerate(names)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    (item,) = _sources.find(tmp_path / "list.jsonl", _sources.VIDEOS)
+    assert [row["caption"] for row in item.rows] == ["0", "1", "2", "3"]

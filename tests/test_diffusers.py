@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
@@ -826,3 +827,12 @@ def test_a_gpu_that_jax_has_taken(monkeypatch):
         _memory.leave_memory_to_torch()
     monkeypatch.setenv(_memory._PREALLOCATE, "true")
     _memory.leave_memory_to_torch()
+
+
+def test_torchs_own_checkpointing(ours):
+    z = noise(1, 4, 3, 4, 4).requires_grad_()
+    run = lambda z: ours.decode(z).sample  # noqa: E731
+    (due,) = torch.autograd.grad(run(z).square().sum(), [z])
+    kept = torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False)
+    (got,) = torch.autograd.grad(kept.square().sum(), [z])
+    torch.testing.assert_close(got, due)

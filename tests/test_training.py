@@ -222,6 +222,8 @@ def test_a_state_of_another_model(vae, trainer, tmp_path):
     path = tmp_path / "state.eqx"
     with pytest.raises(FileNotFoundError, match="no training state at"):
         training.load_state(path, trainer.init(vae))
+    with pytest.raises(IsADirectoryError, match="is a directory: name the file"):
+        training.load_state(tmp_path, trainer.init(vae))
     training.save_state(path, trainer.init(vae))
     other = cv.VAE(cv.Config(block_out_channels=(4, 4), norm_num_groups=4), key=jax.random.key(0))
     with pytest.raises(ValueError, match="not a state of this model and optimiser"):

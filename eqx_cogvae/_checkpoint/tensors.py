@@ -52,6 +52,8 @@ def read_safetensors(
     """
     path = Path(path)
     check_regular(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: name the file in it.")
     with _opened(path, "numpy", pickled) as file:
         names = file.keys()  # the file is no dictionary, and cannot be iterated over
         tensors = {name: _stored(path, name, file.get_slice(name)) for name in names}

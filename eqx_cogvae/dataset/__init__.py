@@ -19,3 +19,14 @@ from ._run import (
     encode as encode,
 )
 from ._settings import Settings as Settings
+
+__all__ = [
+    "Example",
+    "LatentsSource",
+    "Progress",
+    "Settings",
+    "Summary",
+    "decode",
+    "encode",
+    "noise_key",
+]

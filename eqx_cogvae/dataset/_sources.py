@@ -122,7 +122,7 @@ def _merged(items: Iterable[Item]) -> list[Item]:
     """Returns each file once, with all rows that name it, each once."""
     found: dict[Any, Item] = {}
     for item in items:
-        place = os.path.normpath(item.path), item.offset, item.problem
+        place = os.path.realpath(item.path), item.offset, item.problem
         first = found.setdefault(place, item)
         if any(row not in first.rows for row in item.rows):
             found[place] = dataclasses.replace(first, rows=first.rows + item.rows)

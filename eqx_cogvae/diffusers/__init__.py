@@ -17,3 +17,10 @@ except ImportError as error:
     raise ImportError(
         f"the adapter needs torch and diffusers ({error}): pip install 'eqx_cogvae[diffusers]'."
     ) from error
+
+__all__ = [
+    "EqxAutoencoderKLCogVideoX",
+    "PreviewCallback",
+    "to_jax",
+    "to_torch",
+]

@@ -45,8 +45,8 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor):  # pyright: ignore
         # Where torch keeps a graph of this call, it differentiates the pullback in the same way.
-        pullback = _Pullback(ctx.again, len(ctx.saved_tensors))
-        tensors = (*ctx.saved_tensors, *cotangents)
+        saved = ctx.saved_tensors  # torch's own checkpointing lets them be read once
+        pullback, tensors = _Pullback(ctx.again, len(saved)), (*saved, *cotangents)
         return None, None, None, *_Call.apply(pullback, pullback, ctx.where, *tensors)  # pyright: ignore
 
 

@@ -21,3 +21,20 @@ except ImportError as error:
     raise ImportError(
         f'training needs optax ({error}): pip install "eqx_cogvae[train]".'
     ) from error
+
+__all__ = [
+    "ClipLoss",
+    "Crops",
+    "Source",
+    "TrainState",
+    "Trainer",
+    "decoder_only",
+    "gradient",
+    "kl",
+    "l1",
+    "l2",
+    "load_state",
+    "rematerialised",
+    "save_state",
+    "temporal",
+]

@@ -12,3 +12,19 @@ from ._read import (
 )
 from ._show import Player as Player, filmstrip as filmstrip, show as show
 from ._write import CONTAINERS as CONTAINERS, write as write
+
+__all__ = [
+    "CONTAINERS",
+    "Frames",
+    "Info",
+    "Player",
+    "filmstrip",
+    "frames",
+    "info",
+    "pictures",
+    "procedural_clip",
+    "psnr",
+    "read",
+    "show",
+    "write",
+]

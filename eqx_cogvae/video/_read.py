@@ -87,7 +87,9 @@ def read(
     - `corrupt`: treatment of frames that FFmpeg reports as damaged, up to the last one asked for.
         `"raise"` refuses the file; `"skip"` leaves them out, and ends where a truncated file
         ends; `"keep"` takes those that FFmpeg could conceal. Frames predicted from a damaged one
-        may look damaged as well. Decoders of HEVC, VP9 and FFV1 do not report all damage.
+        may look damaged as well. Decoders of HEVC, VP9 and FFV1 do not report all damage, and
+        frames that are lost between two whole ones are not missed, nor is a change of the pixels'
+        aspect ratio midway.
 
     **Returns:** the clip, (1, t, h, w, 3).
 
