@@ -98,7 +98,8 @@ def nearest(x: Float[Array, "b t2 h2 w2 c"], size: tuple[Any, ...]) -> Array:
     if x.shape[1:4] == (1, 1, 1):
         return x
     count, height, width = size
-    return repeat_frames(_repeat(_repeat(x, height, axis=2), width, axis=3), count)
+    # Width last: the transpose then begins with it, and shrinks the array at once.
+    return _repeat(_repeat(repeat_frames(x, count), height, axis=2), width, axis=3)
 
 
 def repeat_frames(x: Float[Array, "b t2 *rest"], count: int) -> Array:

@@ -172,27 +172,39 @@ def _conv(platform: str, x: Array, kernel: Array, *bias: Array, geometry: Any, h
 
 
 def _by_input(platform: str, c: Array, kernel: Array, *, size: Any, geometry: Any, hints: Any):
-    if geometry.stride == 1 and not geometry.doubles:
-        # The gradient by the frames is a convolution by the flipped kernel, as fast as any other.
-        past, (kh, kw) = kernel.shape[0] - 1, kernel.shape[1:3]
-        c = jnp.pad(c, [(0, 0), (past, past), (0, 0), (0, 0), (0, 0)])
-        (above, below), (left, right) = geometry.pads
-        around = (kh - 1 - above, kh - 1 - below), (kw - 1 - left, kw - 1 - right)
-        flipped = Geometry(pads=around)
-        return _conv(platform, c, _adjoint(platform, kernel), geometry=flipped, hints=hints)
     wide_c, wide_kernel = _widened(platform, c, kernel)
-    spec = _spec(platform, c.dtype, geometry, hints)
     if platform == "cpu":
+        if (flipped := _flipped(c, kernel, geometry, hints)) is not None:
+            past = kernel.shape[0] - 1
+            c = jnp.pad(c, [(0, 0), (past, past), (0, 0), (0, 0), (0, 0)])
+            return _conv(platform, c, _adjoint(kernel), geometry=flipped, hints=hints)
+        spec = _spec(platform, c.dtype, geometry, hints)
         return cpu.by_input(wide_c, wide_kernel, size, spec).astype(c.dtype)
-    x = jax.ShapeDtypeStruct((*c.shape[:2], *size, kernel.shape[3]), c.dtype)
-    return jax.linear_transpose(lambda x: frames.frames(x, kernel, spec), x)(c)[0]
+    # Rounded to the dtype of the frames: cotangents in float32 would take twice the memory.
+    spec = _spec("gpu", c.dtype, geometry, hints)
+    plain = frames.frames if kernel.shape[0] == 1 else frames.channels
+    shape = (c.shape[0], c.shape[1] + kernel.shape[0] - 1, *size, kernel.shape[3])
+    x = jax.ShapeDtypeStruct(shape, c.dtype)
+    return jax.linear_transpose(lambda x: plain(x, kernel, spec), x)(c)[0]
 
 
-def _adjoint(platform: str, kernel: Array) -> Array:
+def _flipped(c: Array, kernel: Array, geometry: Geometry, hints: Hints) -> Geometry | None:
+    """Returns the geometry of the gradient as a convolution of `c`, where Winograd does that.
+
+    It covers the frames before the first cotangent too, which only Winograd's algorithm repays.
+    """
+    if geometry.stride > 1 or geometry.doubles:
+        return None
+    (taps, kh, kw, i, o), ((above, below), (left, right)) = kernel.shape, geometry.pads
+    pads = (kh - 1 - above, kh - 1 - below), (kw - 1 - left, kw - 1 - right)
+    flipped, shape = Geometry(pads=pads), (c.shape[0], c.shape[1] + 2 * taps - 2, *c.shape[2:])
+    name = choose.lowering(flipped, shape, (taps, kh, kw, o, i), "cpu", hints)
+    return flipped if name == "winograd" else None
+
+
+def _adjoint(kernel: Array) -> Array:
     """Returns the kernel flipped, its channels swapped."""
     flipped = jnp.flip(kernel, (0, 1, 2))
-    if platform != "cpu":
-        return flipped.swapaxes(3, 4)
     # By a loop over the taps. XLA would else fuse the transposition into each of the sums of taps
     # that Winograd's algorithm needs: for 512 channels and 3 frames of 16x24, 252 ms, not 153.
     taps = lax.map(jnp.transpose, flipped.reshape(-1, *kernel.shape[3:]))
