@@ -116,7 +116,7 @@ def test_peaks_follow_the_compiled_step(vae):
 def test_arithmetic_is_that_of_the_compiler(frames, vae):
     """Also where frames pass one by one, in a loop, of which XLA counts one pass."""
     params, static = eqx.partition(vae, eqx.is_array)
-    z = jnp.zeros((1, frames, 8, 8, 3))
+    z = jnp.zeros((1, frames, 16, 16, 3))
 
     def traced():
         return jax.jit(lambda p, z: eqx.combine(p, static).decoder(z)).trace(params, z)
@@ -126,8 +126,8 @@ def test_arithmetic_is_that_of_the_compiler(frames, vae):
         whole = traced()
     count = _flops.flops(whole.jaxpr)
     # The compiler counts sums and norms as well, which weigh in so small a model, and not what
-    # is the same for copies of a frame, nor what meets the zeros around these small frames.
-    assert 0.8 < count / whole.lower().compile().cost_analysis()["flops"] < 1.03
+    # is the same for copies of a frame. What meets the zeros around a frame it leaves out too.
+    assert 0.8 < count / whole.lower().compile().cost_analysis()["flops"] < 1.02
     with choose.thresholds(Thresholds(chunk_elements=1)):
         in_loops = traced()
     assert "scan" in str(in_loops.jaxpr)
