@@ -90,9 +90,9 @@ clean:
 	$(BIN)/python -m pip install $(PINS) -e $(TESTED)
 	touch $@
 
-# What pyright reads the types of is installed too.
+# What pyright reads the types of is installed too: the check of the site imports Playwright.
 .venv/.lint: .venv/.pip
-	$(BIN)/python -m pip install $(PINS) -e $(TESTED) --group dev
+	$(BIN)/python -m pip install $(PINS) -e $(TESTED) --group docs --group dev
 	touch $@
 
 .venv/.docs: .venv/.pip
