@@ -1,4 +1,4 @@
-"""The latents file: one safetensors tensor, and in its metadata all that decoding needs."""
+"""Latents files: one safetensors tensor, and in its metadata all that decoding needs."""
 
 import dataclasses
 import math
@@ -31,14 +31,25 @@ _PICKLED = (
 # Compared by identity: arrays have no truth value.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Latents:
-    """Latents with what their file says of them; None where it says nothing.
+    """Latents, together with what their file says of them.
 
-    `array` is BTHWC, whatever the file's layout. `scaled` tells that it is in the diffusion
-    model's units, by `scaling_factor`, rather than in the VAE's. `height`, `width` and `frames`
-    are the video's, in pixels and before padding; `padded` is the frame count that was encoded.
-    `logvar`, where it is there, makes `array` the mean of a posterior. Of a dataset's clip,
-    `source` and `source_sha256` name the video, `start` its first frame, at `fps`, and `seed` the
-    `jax.random.key` that the latents were drawn with.
+    A field is None if the file does not have it.
+
+    **Arguments:**
+
+    - `array`: the latents, BTHWC whatever the file's layout.
+    - `scaled`: True if they are in the diffusion model's units, False if in the VAE's own.
+    - `scaling_factor`: the factor between the two units.
+    - `invert_scale_latents`: the config's field of that name.
+    - `fps`: frames per second of the video.
+    - `height`, `width`: size of the video in pixels.
+    - `frames`: number of frames of the video, before padding.
+    - `padded`: number of frames that were encoded.
+    - `fingerprint`: `cv.fingerprint` of the model that encoded them.
+    - `logvar`: log variances of the posterior; `array` is then its mean.
+    - `source`, `source_sha256`: name and hash of the video file that a dataset's clip is from.
+    - `start`: the clip's first frame in that video, at `fps`.
+    - `seed`: of the noise, for `dataset.noise_key`, if the latents were drawn.
     """
 
     array: Float[np.ndarray, "b t h w c"]
@@ -64,7 +75,7 @@ def save_latents(path: str | os.PathLike, latents: Latents, *, layout: str = "BT
     **Arguments:**
 
     - `path`: the file.
-    - `latents`: what it is to hold.
+    - `latents`: the latents and their metadata.
     - `layout`: `"BTHWC"`, or `"BCTHW"`, which is diffusers' order of axes.
 
     **Raises:** `ValueError` for NaN or infinite values, a wrong rank, dtype or layout, a `logvar`
@@ -112,8 +123,8 @@ def load_latents(
 
     - `path`: the file.
     - `channels`: the model's `latent_channels`, which the latents must have.
-    - `layout`: of a file that does not say its own; None is the one that alone puts `channels`
-        in its place.
+    - `layout`: `"BTHWC"` or `"BCTHW"`, for a file that does not say. None takes the one in
+        which the axis of channels has `channels` entries, if only one does.
 
     **Returns:** the latents, BTHWC whatever the file's layout.
 

@@ -69,18 +69,18 @@ def from_pretrained(
         is embedded; or a `.safetensors` file, together with `config`.
     - `config`: a `Config`, the name of a `Config.preset`, or the path of a `config.json` or its
         directory. It is needed for a file; elsewhere it takes the place of `config.json`.
-    - `subfolder`: another place of the files in a directory or on the hub.
-    - `dtype`: of the weights; None keeps that of the checkpoint (float32, when it mixes several).
-        Weights of 8 bits need one to be cast to, and torch to be read.
+    - `subfolder`: the folder of the files in the directory or on the hub, if it is another.
+    - `dtype`: of the weights; None keeps that of the checkpoint (float32 if it mixes several).
+        Weights of 8 bits need a `dtype` to be cast to, and torch to be read.
     - `revision`, `token`, `cache_dir`, `local_files_only`: as in `huggingface_hub`.
-    - `mesh`: devices, on each of which a copy of the weights is put.
+    - `mesh`: devices, each of which gets a copy of the weights.
 
     **Returns:** the model. Keys of `config.json` that change nothing, such as `sample_size`, are
     ignored with a warning.
 
     **Raises:** `ValueError` that names all missing, unexpected, misshapen and not finite
     tensors; for a config of another model, a truncated file, a pickle, a file without `config`;
-    `FileNotFoundError`; `OSError` where the hub does not give the files.
+    `FileNotFoundError`; `OSError` if the hub does not give the files.
     """
     files = find(
         name_or_path,
@@ -152,10 +152,10 @@ def from_original(
 def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
     """Writes a directory that diffusers' and our `from_pretrained` load, each weight bit by bit.
 
-    It appears whole or not at all, and a checkpoint already there stays as it is until the new
-    one is complete. Other files in the directory stay, but for the shards of an old checkpoint.
-    A process killed at the very end of saving over a checkpoint of another config leaves none, if
-    it does not leave the old or the new one: never a mixture.
+    It appears whole or not at all, and a checkpoint that is there stays until the new one is
+    complete. Other files in the directory stay, except the shards of the old checkpoint. If a
+    process is killed at the very end of saving over a checkpoint with another config, it may leave
+    no checkpoint; it never leaves a mixture.
 
     **Arguments:**
 
@@ -163,7 +163,7 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
     - `path`: the directory; missing parents are created.
 
     **Raises:** `ValueError` for a model that is not whole, or that computes something else than
-    its config says, such as one that pads by replication; `OSError` where the files cannot be
+    its config says, such as one that pads by replication; `OSError` if the files cannot be
     written.
     """
     tensors = stored_tensors(vae)
