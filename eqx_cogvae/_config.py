@@ -252,8 +252,7 @@ def _check_integers(config: Config) -> None:
     for name, value, most in named:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise ValueError(
-                f"`{name}` must hold whole numbers of at least 1, got {shown(value)}: "
-                f"the most are {most}."
+                f"`{name}` must hold whole numbers from 1 to {most}, got {shown(value)}."
             )
 
 

@@ -139,7 +139,10 @@ def load_latents(
     if own is not None:
         check_layout(own, f" in the metadata of {path}")
     if own and layout and own != layout:
-        raise ValueError(f"{path} says that its layout is {own}, asked to read it as {layout}.")
+        raise ValueError(
+            f"{path} has the layout {own} in its metadata, and `layout` is {layout}: leave the "
+            "argument out."
+        )
     layout = own or layout or _layout_of(path, array.shape, channels)
     if layout == "BCTHW":
         array = np.moveaxis(array, 1, -1)
@@ -160,8 +163,8 @@ def load_latents(
         return Latents(array, logvar=logvar, **_fields(metadata))
     except ValueError as error:
         raise ValueError(
-            f"{path} has {error} in its metadata, which cannot be: encode it again, or save the "
-            "tensor without metadata."
+            f"{path} has a bad value in its metadata, {error}: encode it again, or save the tensor "
+            "without metadata."
         ) from error
 
 
@@ -190,8 +193,8 @@ def check_latents(
         first = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
             f"{what} hold {int(wrong.sum())} NaN or infinite values of {wrong.size}, the first at "
-            f"(b, t, h, w, c) = {first}: it is the latents that are broken, not the VAE; "
-            "look to what made them, often float16 or a diffusion step that overflowed."
+            f"(b, t, h, w, c) = {first}: the latents are broken, not the VAE; "
+            "check what made them, often float16 or a diffusion step that overflowed."
         )
 
 
@@ -216,8 +219,8 @@ def _array(path: Path, stored: Stored) -> np.ndarray:
         raise ValueError(f"latents in {path} must be floating, got {stored.dtype}.")
     if len(stored.shape) != 5 or 0 in stored.shape:
         raise ValueError(
-            f"latents in {path} must have five axes, got shape "
-            f"{reprlib.repr(stored.shape)}, of which none may be empty."
+            f"latents in {path} must have five axes, none of them empty, got shape "
+            f"{reprlib.repr(stored.shape)}."
         )
     return stored.read()
 
@@ -239,8 +242,8 @@ def _layout_of(path: Any, shape: tuple[int, ...], channels: int | None) -> str:
         )
     if len(found) != 1:
         raise ValueError(
-            f"{path} does not say its layout, and shape {shape} leaves it open: "
-            "name one of BTHWC or BCTHW."
+            f"{path} does not say its layout, and shape {shape} does not tell it: "
+            "give BTHWC or BCTHW as the layout."
         )
     return found[0]
 

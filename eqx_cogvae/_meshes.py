@@ -120,8 +120,8 @@ def _sharding(mesh: Any, spec: PartitionSpec, shape: tuple[Any, ...]) -> NamedSh
             count *= mesh.shape[axis]
         if shape[dim] % count:
             raise ValueError(
-                f"the result's {name} of {shape[dim]} does not divide among the {count} devices "
-                f"that the argument's is sharded over: give a {name} whose result does, or fewer."
+                f"the result's {name} of {shape[dim]} does not divide by {count}, the number of "
+                f"devices that the argument is sharded over: give another {name}, or fewer devices."
             )
     return NamedSharding(mesh, spec)
 

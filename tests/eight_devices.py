@@ -561,5 +561,5 @@ def test_a_size_that_does_not_divide_on_explicit_axes(vae):
     video = jax.device_put(
         clip("encode", (1, 6, 4), 9), NamedSharding(mesh, spec_of((None, None, "x")))
     )
-    with pytest.raises(ValueError, match="height of 6 does not divide among the 4 devices"):
+    with pytest.raises(ValueError, match="height of 6 does not divide by 4, the number of devices"):
         vae.encode(video)

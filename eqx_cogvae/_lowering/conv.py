@@ -114,8 +114,8 @@ def _biased(y: Array, bias: Array) -> Array:
 def _aval(shape: Sequence[Any], like: Any) -> ShapedArray:
     if any(axis is not None for axis in like.sharding.spec):
         raise TypeError(
-            f"a layer got an array whose type says that it is sharded, {like}: call the layer by "
-            "`encode_step`, `decode_step` or `jax.sharding.auto_axes`."
+            f"a layer got an array that is sharded over an explicit mesh, {like}: call the layer "
+            "through `encode_step`, `decode_step` or `jax.sharding.auto_axes`."
         )
     return like.update(shape=tuple(shape))
 

@@ -205,7 +205,7 @@ def best_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
         fewer = [n for n in range(1, len(devices)) if _divisions(sides, n)]
         raise ValueError(
             f"no mesh of {len(devices)} devices divides {sides}: "
-            f"give as many `devices` as one of {fewer}."
+            f"give a number of `devices` that does, one of {fewer}."
         )
     height, width = sides["height"], sides["width"]
     best = min(ways, key=lambda way: (-way[0], height / way[1] + width / way[2], -way[1]))

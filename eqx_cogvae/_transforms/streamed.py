@@ -96,7 +96,7 @@ class Stream(Iterator):
                 raise
             kind, reason = _told(error)
             raise kind(
-                f"the stream stopped at frame {self.frame}, those before it are done: {reason}"
+                f"the stream stopped at frame {self.frame}; the frames before it are done: {reason}"
             ) from error
 
     def _next_in_turn(self) -> PyTree[Array]:
@@ -328,8 +328,8 @@ class _Source:
             like = _but_frames(piece)
             if (self._like or like) != like:
                 raise ValueError(
-                    f"frames change from {self._like} to {like} midway: "
-                    "a stream is of one batch, height, width and channel count."
+                    f"frames change from (b, h, w, c) = {self._like} to {like}: "
+                    "a stream has one batch size, height, width and channel count."
                 )
             self._like = like
             self._waiting.append(piece)
@@ -340,8 +340,8 @@ class _Source:
         held = self._fill(count)
         if held < count:
             raise ValueError(
-                f"{held} frames are left for a batch of {count}: say `length=` beforehand, so "
-                "that the first batch takes the remainder."
+                f"{held} frames are left for a batch of {count}: give the stream its `length=`, "
+                "so that the first batch takes the remainder."
             )
         taken = _concatenate(self._waiting)
         self._waiting = [cut(taken, count, held)] if held > count else []

@@ -301,7 +301,7 @@ def _warn_of_others(clips: list[dict[str, Any]], mine: str) -> None:
     others = Counter(c["encoded_by"] for c in clips if c["encoded_by"] not in (None, mine))
     for other, count in sorted(others.items()):
         warnings.warn(
-            f"{count} latents were encoded by model {other}, and this is {mine}.", stacklevel=3
+            f"{count} latents were encoded by model {other}, and decoded by {mine}.", stacklevel=3
         )
 
 
