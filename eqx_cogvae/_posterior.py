@@ -1,4 +1,4 @@
-"""The diagonal Gaussian that an encoder returns."""
+"""Defines the diagonal Gaussian that an encoder returns."""
 
 import math
 
@@ -41,7 +41,7 @@ class DiagonalGaussian(eqx.Module):
     @property
     def std(self) -> Float[Array, "b t h w c"]:
         """The standard deviation of each element: `exp(logvar / 2)`."""
-        return _exp_of_half(self.logvar)
+        return _std(self.logvar)
 
     def mode(self) -> Float[Array, "b t h w c"]:
         """Returns the most likely latents, `(b, t, h, w, c)`: the mean.
@@ -97,8 +97,8 @@ class DiagonalGaussian(eqx.Module):
 
 
 @eqx.filter_jit
-def _exp_of_half(x: Array) -> Array:
-    return jnp.exp(0.5 * x)
+def _std(logvar: Array) -> Array:
+    return jnp.exp(0.5 * logvar)
 
 
 def _upcast(*arrays: Array) -> tuple[Array, ...]:
