@@ -124,11 +124,14 @@ def encode(
 
     **Arguments:**
 
+    - `vae`: the model. Its dtype is that of the latents.
     - `source`: a folder; a WebDataset tar, or a folder of them; a list of files as `.txt`,
         `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`, under `video`, `path`, `file_name` or
         the like, whose other columns go into the manifest; or one video. In folders and tars,
         `NAME.txt` is the caption and `NAME.json` the columns of the video NAME. A column that
         the manifest has itself, such as `fps`, is kept as `input_fps`.
+    - `destination`: a folder, created if it is not there.
+    - `settings`: a `Settings`; None has its defaults.
     - `container`: `"safetensors"`, or `"webdataset"`: at the end of the run the files move into
         `latents-000000.tar` and so on.
     - `per_tar`: clips in a tar.
@@ -188,6 +191,8 @@ def decode(
 
     **Arguments:**
 
+    - `vae`: the model.
+    - `destination`: a folder, created if it is not there.
     - `source`: a folder of `.safetensors`, or of WebDataset tars that hold such; a tar; a list, as
         for `encode`; or one file.
     - `fps`: frames per second of the videos; None is the rate in the file, or 8.
