@@ -192,9 +192,9 @@ def decode(
     **Arguments:**
 
     - `vae`: the model.
-    - `destination`: a folder, created if it is not there.
     - `source`: a folder of `.safetensors`, or of WebDataset tars that hold such; a tar; a list, as
         for `encode`; or one file.
+    - `destination`: a folder, created if it is not there.
     - `fps`: frames per second of the videos; None is the rate in the file, or 8.
     - `layout`: the layout of latents whose file does not say, `"BTHWC"` or `"BCTHW"`.
     - `shard`, `progress`: as for `encode`.
