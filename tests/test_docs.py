@@ -76,10 +76,10 @@ def documented():
             if node is None:
                 continue
             yield pytest.param(node, id=name)
-            if name in METHODS:
-                for method in node.body:
-                    shown = isinstance(method, ast.FunctionDef) and method.name[0] != "_"
-                    if shown or getattr(method, "name", "") == "__call__":
+            if name in METHODS and isinstance(node, ast.ClassDef):
+                methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+                for method in methods:
+                    if method.name[0] != "_" or method.name == "__call__":
                         yield pytest.param(method, id=f"{name}.{method.name}")
 
 
