@@ -26,6 +26,7 @@ _SMALLER = {
     '"zai-org/CogVideoX-2b"': '"small"',
     '"tiny"': '"small"',
     "frames=49, size=(480, 720)": "frames=17, size=(16, 24)",
+    "frames=count, size=(480, 720)": "frames=count, size=(16, 24)",
     "procedural_clip(17, 96, 144)": "procedural_clip(17, 16, 24)",
     "procedural_clip(17, 64, 96)": "procedural_clip(17, 16, 24)",
     "(30, 45)": "(6, 8)",
@@ -37,9 +38,12 @@ PAGES = (
     "docs/api/index.md",
     "docs/api/video.md",
     "docs/datasets.md",
+    "docs/dtypes.md",
     "docs/index.md",
+    "docs/long-videos.md",
     "docs/memory.md",
     "docs/recipes.md",
+    "docs/training.md",
 )
 
 
