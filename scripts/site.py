@@ -31,7 +31,8 @@ _FORMULA = re.compile(
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _DRAWING = re.compile(r'<img alt="(?P<alt>[^"]*)" src="(?:\.\./)*assets/(?P<name>[\w-]+)\.svg" />')
 _BLOCK = re.compile(
-    r'<div class="(?P<class>[^"]*highlight)"><pre><span></span><code>(?P<code>.*?)</code></pre></div>',
+    r'<div class="(?P<class>[^"]*highlight)"><pre><span></span>'
+    r"<code>(?P<code>.*?)</code></pre></div>",
     re.DOTALL,
 )
 

@@ -37,8 +37,11 @@ PAGES = (
     "docs/api/index.md",
     "docs/api/video.md",
     "docs/datasets.md",
+    "docs/devices.md",
     "docs/index.md",
+    "docs/layers.md",
     "docs/memory.md",
+    "docs/previews.md",
     "docs/recipes.md",
 )
 
