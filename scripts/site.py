@@ -108,8 +108,9 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
     parts = []
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
-            # Links between notebooks lead from page to page.
-            parts.append(re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](\1.md", cell.source))
+            # Links between notebooks, and to the docs, lead from page to page.
+            text = re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](\1.md", cell.source)
+            parts.append(text.replace("](../docs/", "](../"))
         elif cell.source.strip():
             parts.append(_code(cell))
             outputs = [_output(each, f"{path.stem}_{i}", pictures) for each in cell.outputs]
