@@ -50,9 +50,8 @@ vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 
 # %%
 weights = jax.tree.leaves(eqx.filter(vae, eqx.is_array))
-print(
-    f"{sum(w.size for w in weights):,} parameters in {len(weights)} arrays, {vae.dtype}"
-)
+count = sum(w.size for w in weights)
+print(f"{count:,} parameters in {len(weights)} arrays, {vae.dtype}")
 for name in ("block_out_channels", "layers_per_block", "latent_channels"):
     print(f"{name:20} {getattr(vae.config, name)}")
 print(f"{'pixels per cell':20} {vae.config.spatial_compression} in height and in width")
@@ -119,13 +118,8 @@ print(f"latents {latents.shape}   {latents.size:9,} numbers")
 print(f"{clip.size / latents.size:.0f} times fewer")
 
 # %% tags=["check"]
-assert latents.shape == (
-    1,
-    config.latent_frames(t),
-    h // cell,
-    w // cell,
-    config.latent_channels,
-)
+small = (1, config.latent_frames(t), h // cell, w // cell, config.latent_channels)
+assert latents.shape == small
 assert jnp.array_equal(latents, posterior.mean)
 
 # %% [markdown]
@@ -367,9 +361,8 @@ print(caught[0].message)
 
 padded, count = cv.pad_frames(short)
 restored = cv.crop_frames(vae(padded), count)
-print(
-    f"{short.shape[1]} frames, padded to {padded.shape[1]}, cropped to {restored.shape[1]}"
-)
+counts = [each.shape[1] for each in (short, padded, restored)]
+print("frames: {}, padded to {}, cropped to {}".format(*counts))
 
 # %% tags=["check"]
 assert len(caught) == 1

@@ -184,7 +184,7 @@ def by_frame(model):
 
 @eqx.filter_jit
 def influence(step, size, x, i):
-    """Returns each frame's influence on frame `i` of the result: the gradient's norm."""
+    """Returns each frame's influence on result frame `i`: the gradient's norm."""
 
     def probe(x):
         y = cv.framewise(step, size)(x)
@@ -410,8 +410,8 @@ def held():
 
 def round_trip(clip, keep):
     """Returns the PSNR of each piece, and the MiB on the device when it arrived."""
-    mean = lambda moments: cv.DiagonalGaussian.from_moments(moments).mode()  # noqa: E731
-    encoding = map(mean, cv.streamed(vae.encode_step, 8, ahead=False)(clip))
+    moments = cv.streamed(vae.encode_step, 8, ahead=False)(clip)
+    encoding = (cv.DiagonalGaussian.from_moments(each).mode() for each in moments)
     before, done, kept, quality, memory = held(), 0, [], [], []
     for piece in cv.streamed(vae.decode_step, 2)(encoding):
         memory.append((held() - before) / 2**20)

@@ -397,7 +397,7 @@ centres = means.mean((0, 1, 2, 3))
 apart = centres.var()
 within = means.var((0, 1, 2, 3)).mean()
 print(
-    f"variance {means.var():.2f} = {apart:.2f} between channels + {within:.2f} within them"
+    f"variance {means.var():.2f} = {apart:.2f} between channels + {within:.2f} within"
 )
 print(f"scaled, what varies has a variance of {factor**2 * within:.3f}")
 

@@ -151,9 +151,8 @@ def rms(decoded, where):
     return float(np.sqrt(squares.sum() / where.sum()))
 
 
-print(
-    f"RMS error: in the hole {rms(before, 1 - seen):.3f}, elsewhere {rms(before, seen):.3f}"
-)
+print(f"RMS error in the hole {rms(before, 1 - seen):.3f}")
+print(f"RMS error elsewhere   {rms(before, seen):.3f}")
 strip({"clip": clip, "with a hole": clip * seen, "decoded": before})
 
 # %% [markdown]
@@ -244,9 +243,8 @@ rows = {
     "clip without a hole": whole,
 }
 for name, decoded in rows.items():
-    print(
-        f"{name:20} hole {rms(decoded, 1 - seen):.3f}  elsewhere {rms(decoded, seen):.3f}"
-    )
+    errors = rms(decoded, 1 - seen), rms(decoded, seen)
+    print("{:20} hole {:.3f}  elsewhere {:.3f}".format(name, *errors))
 
 # %% tags=["check"]
 for decoded in (free, after):

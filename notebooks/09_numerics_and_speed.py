@@ -184,7 +184,7 @@ def theirs_by_name(model, call, names):
 
 # %%
 def three_ways(half, array, sizes, call):
-    """Returns three distances by module and batch: ours-theirs, ours-exact, theirs-exact."""
+    """Returns, by module and batch, three distances among ours, theirs and exact."""
     got = ours_by_name(getattr(vae, half), half, array, sizes)
     # diffusers runs these at the features' resolution, ours run at the latents'.
     got = {
@@ -401,9 +401,7 @@ timed = {
     "gradient, 9 frames": in_turns(lambda: gradient(vae, few), torch_gradient),
 }
 print(f"{HEIGHT}x{WIDTH} pixels, float32, the fastest call of each")
-print(
-    f"{os.cpu_count()} cores, {os.getloadavg()[0]:.1f} threads wanted to run in the last minute"
-)
+print(f"{os.cpu_count()} cores; load of the last minute {os.getloadavg()[0]:.1f}")
 for name, times in timed.items():
     a, b = map(min, times)
     print(f"{name:20} ours {a:4.0f} ms, diffusers {b:4.0f} ms, ratio {b / a:.2f}")

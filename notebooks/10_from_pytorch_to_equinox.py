@@ -86,9 +86,8 @@ assert jnp.array_equal(
 clip = jnp.asarray(video.procedural_clip(9, 64, 96, seed=100))  # (b, t, h, w, c)
 latents = vae.encode(clip).mode()
 decoded = vae.decode(latents)
-print(
-    f"{clip.shape} -> {latents.shape} -> {decoded.shape}, {video.psnr(decoded, clip):.1f} dB"
-)
+print(f"{clip.shape} -> {latents.shape} -> {decoded.shape}")
+print(f"PSNR {video.psnr(decoded, clip):.1f} dB")
 
 # %% tags=["check"]
 assert decoded.shape == clip.shape
@@ -148,9 +147,8 @@ names = jax.tree_util.tree_map_with_path(
 )
 chosen = jax.tree.map(lambda name: name.startswith("decoder."), names)
 trained, frozen = eqx.partition(vae, chosen)
-print(
-    f"trained: {len(jax.tree.leaves(trained))} arrays, frozen: {len(jax.tree.leaves(frozen))}"
-)
+counts = [len(jax.tree.leaves(half)) for half in (trained, frozen)]
+print("trained: {} arrays, frozen: {}".format(*counts))
 
 
 @eqx.filter_jit
