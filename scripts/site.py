@@ -79,8 +79,11 @@ def _drawing(image: re.Match[str]) -> str:
     path = ASSETS / f"{image['name']}.svg"
     if not path.exists():
         raise PluginError(f"{path} is missing: `python scripts/drawings.py` draws it.")
+    drawing = path.read_text("utf-8").replace("\n", " ")
+    if 'class="drawing"' not in drawing:
+        return image[0]
     # An image stands in a paragraph, which may hold a span and no figure.
-    return f'<span class="drawn">{path.read_text("utf-8").replace(chr(10), " ")}</span>'
+    return f'<span class="drawn">{drawing}</span>'
 
 
 def _console(block: re.Match[str]) -> str:
