@@ -177,7 +177,7 @@ assert config.latent_frames(1) == 1
 # The third row is a baseline: each cell of 8x8 pixels and four frames is replaced by its average
 # colour. It keeps three numbers for each cell, and the latents keep 16.
 
-# %%
+# %% tags=["cover"]
 decoded = vae.decode(latents)
 
 

@@ -237,7 +237,7 @@ def heat(ax, seen, title, own, border):
 # %%
 own = config.temporal_compression * np.arange(latents.shape[1]) + 0.5
 
-# %% tags=["drawing"]
+# %% tags=["drawing", "cover"]
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.4), sharey=True)
 heat(axes[0], trained, "as it is", own, [9])
 picture = heat(axes[1], strict, "with norms by frame", own, [9])

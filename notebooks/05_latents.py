@@ -98,7 +98,7 @@ def colours(z):
 
 step = vae.config.temporal_compression
 
-# %% tags=["drawing"]
+# %% tags=["drawing", "cover"]
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), width_ratios=[1.2, 1])
 pairs = [(clips[i][:, ::step], colours(posteriors[i].mode())) for i in (0, 1)]
 axes[0].imshow(np.concatenate([video.filmstrip(*pair, n=3) for pair in pairs]))

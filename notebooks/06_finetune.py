@@ -167,7 +167,7 @@ assert abs(of_average[-1] - of_model[-1]) < 0.1
 #
 # Edges and colours are now close to those of the clip. The finest texture is still missing.
 
-# %%
+# %% tags=["cover"]
 tuned = state.average
 after = reconstruct(tuned, clip)
 print(f"PSNR before {start:.2f} dB, after {video.psnr(after, clip):.2f} dB")
