@@ -257,7 +257,7 @@ assert rms(after, 1 - seen) < rms(free, 1 - seen)
 # was there. For that, a diffusion model is the better prior, and this gradient is what the VAE
 # contributes.
 
-# %%
+# %% tags=["cover"]
 strip(
     {"with a hole": clip * seen, "at first": before, "no prior": free, "prior": after}
 )

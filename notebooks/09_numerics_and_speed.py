@@ -221,7 +221,7 @@ for half, found in errors.items():
 # the distance of each from float64. So they differ because both round, not because they compute
 # different things.
 
-# %% tags=["drawing"]
+# %% tags=["drawing", "cover"]
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 3), sharey=True)
 labels = ["ours from diffusers", "ours from float64", "diffusers from float64"]
 for axis, (half, found) in zip(axes, errors.items(), strict=True):
