@@ -63,7 +63,7 @@ assert decoded.shape == clip.shape
 # clip, passes the cache on, and joins the results. `vae.encode` is the same with
 # `vae.encode_step` and 8.
 
-# %%
+# %% tags=["check"]
 assert jnp.allclose(vae.decode(latents), decoded, rtol=1e-5, atol=1e-5)
 assert jnp.array_equal(cv.framewise(vae.decode_step, 2)(latents), vae.decode(latents))
 

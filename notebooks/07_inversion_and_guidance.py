@@ -273,7 +273,7 @@ video.show(jnp.concatenate([clip, clip * seen, after], axis=3), fps=8, width=700
 # better latents than the encoder. This is called *inversion*. With a mask of ones it works for
 # any clip.
 
-# %%
+# %% tags=["check"]
 assert rms(after, seen) < rms(whole, seen)
 
 # %% [markdown]

@@ -17,8 +17,6 @@ FOLDER = Path(__file__).resolve().parents[1] / "docs" / "assets"
 GPU = {
     "decode 49x480x720": (0.89, 2.10),
     "encode 49x480x720": (0.43, 0.95),
-    "decode 81x768x1360": (6.04, 16.25),
-    "encode 81x768x1360": (2.80, 7.75),
 }
 CPU = {
     "encode 64x96": (2.64, 3.50),
