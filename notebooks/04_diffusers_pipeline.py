@@ -138,7 +138,7 @@ assert decoded[0].shape == x.shape
 # whether both VAEs give the same frames. To have something to look at, a callback pulls its
 # latents towards those of a known clip.
 
-# %%
+# %% tags=["setup"]
 HEIGHT, WIDTH, FRAMES = 96, 144, 9
 PROMPT = "a disc and slab drift over hills"
 channels, cell = vae.config.latent_channels, vae.config.spatial_compression
