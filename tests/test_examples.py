@@ -38,10 +38,13 @@ PAGES = (
     "docs/api/index.md",
     "docs/api/video.md",
     "docs/datasets.md",
+    "docs/devices.md",
     "docs/dtypes.md",
     "docs/index.md",
+    "docs/layers.md",
     "docs/long-videos.md",
     "docs/memory.md",
+    "docs/previews.md",
     "docs/recipes.md",
     "docs/training.md",
 )

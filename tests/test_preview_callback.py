@@ -108,6 +108,16 @@ def test_a_video_has_the_clips_side_by_side(tiny, tmp_path):
     assert video.read(tmp_path / "0.mp4").shape == (1, 9, 32, 64, 3)
 
 
+def test_the_vae_as_a_preview(tmp_path):
+    """Its strip is the one of what it decodes, for whom the tiny autoencoder's file is missing."""
+    vae = cv.VAE(CONFIG, key=jax.random.key(0))
+    latents = torch.from_numpy(np.array(normal((1, 3, 16, 4, 4))))
+    PreviewCallback(vae, tmp_path / "{step}.png")(fake(), 0, None, {"latents": latents})
+    clip = vae.decode(latents.permute(0, 1, 3, 4, 2).contiguous().numpy() / 0.7)
+    video.filmstrip(clip, path=tmp_path / "due.png")
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "due.png").read_bytes()
+
+
 def test_latents_that_the_pipeline_drops(tiny, tmp_path):
     """CogVideoX 1.5 puts one in front of three."""
     latents = torch.from_numpy(np.array(normal((1, 4, 16, 4, 4))))

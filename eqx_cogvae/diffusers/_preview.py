@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import video
+from .._autoencoder import VAE
 from .._files import check_writable
 from ..preview import Preview
 from ..video._write import CONTAINERS
@@ -30,7 +31,8 @@ class PreviewCallback:
 
     **Arguments:**
 
-    - `preview`: the tiny autoencoder, from `eqx_cogvae.preview.load`.
+    - `preview`: the tiny autoencoder, from `eqx_cogvae.preview.load`; or a `VAE`, which is slower
+        and shows what the pipeline would return.
     - `path`: the name of the files, with `{step}` for the number of the step, from 0 on: a `.png`
         is a film strip, with a row for each clip; `.mp4`, `.mov` and `.mkv` are a video, with the
         clips of a batch side by side. Steps of an earlier run are replaced.
@@ -44,7 +46,7 @@ class PreviewCallback:
 
     def __init__(
         self,
-        preview: Preview,
+        preview: Preview | VAE,
         path: str | os.PathLike,
         *,
         every: int = 1,
