@@ -127,9 +127,16 @@ class Config:
         """Returns how many latent frames `t` sample frames encode to."""
         return sum(map(self._down, frame_batches(t, SAMPLE_BATCH)))
 
-    def sample_frames(self, t: int) -> int:
-        """Returns how many sample frames `t` latent frames decode to."""
-        return sum(map(self._up, frame_batches(t, LATENT_BATCH)))
+    def sample_frames(self, t: int, first: int | None = None) -> int:
+        """Returns how many sample frames `t` latent frames decode to.
+
+        `first` is the number of latent frames in the first batch, as in `framewise`; None lets it
+        take the remainder.
+        """
+        if first is None:
+            return sum(map(self._up, frame_batches(t, LATENT_BATCH)))
+        begun = min(first, t)
+        return self._up(begun) + (t - begun) * self.temporal_compression
 
     def _down(self, t: int) -> int:
         for _ in range(int(math.log2(self.temporal_compression))):

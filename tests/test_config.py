@@ -91,3 +91,5 @@ def test_frame_counts_are_those_of_the_batches(frames, blocks, ratio):
     assert config.latent_frames(frames) == sum(map(pooled, batches))
     if frames % 8 == 1 and ratio <= 4:
         assert config.sample_frames(config.latent_frames(frames)) == frames
+    assert [config.sample_frames(t, 1) for t in (1, 2, 3, 22)] == [1, 5, 9, 85]
+    assert [config.sample_frames(t, 4) for t in (3, 4, 5)] == [9, 16, 20]

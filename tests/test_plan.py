@@ -1,6 +1,11 @@
 """The plan against what running takes: programs, bytes of the compiled steps, arithmetic."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -239,15 +244,8 @@ def test_what_the_compiler_finds_no_room_for_does_not_fit(vae, monkeypatch):
         def lower(self):
             return Lowered(self._traced.lower())
 
-    class Jitted:
-        def __init__(self, *args, **options):
-            self._jitted = jit(*args, **options)
-
-        def trace(self, *args):
-            return Traced(self._jitted.trace(*args))
-
-    jit = jax.jit
-    monkeypatch.setattr(_plan.jax, "jit", Jitted)
+    trace = _plan.traced_step
+    monkeypatch.setattr(_plan, "traced_step", lambda *args: Traced(trace(*args)))
     tight = cv.plan(vae, (1, 5, 8, 12), tile=(8, 8), overlap=(0, 0.5))
     assert named(tight.decode)["whole"].peak == float("inf")
     assert tight.best("decode").name == "tiled"
@@ -260,3 +258,100 @@ def test_on_a_topology_that_is_not_there_nothing_says_how_much_there_is():
             raise NotImplementedError
 
     assert _plan._limit(Device()) is None
+
+
+# Two processes that share a folder of compiled programs. The second one notes how many programs
+# each call finds there, and the names of those that it adds.
+MODEL = f"""
+import json, os, sys
+import equinox as eqx
+import jax
+import eqx_cogvae as cv
+vae = cv.VAE(cv.Config(**{CONFIG.to_dict()}), key=jax.random.key(0))
+"""
+PLANNING = """
+plan = cv.plan(vae, (1, 17, 8, 12), tile=(8, 8), overlap=(0, 0))
+for cost in plan.decode[1:]:
+    cost.compile()
+"""
+CALLING = """
+found, said = [], {}
+note = lambda event, **_: found.append(event) if event.endswith("/cache_hits") else None
+jax.monitoring.register_event_listener(note)
+x = {8: jax.numpy.zeros((1, 17, 8, 12, 3)), 2: jax.numpy.zeros((1, 9, 4, 6, 3))}
+for step, size, tile in ((vae.encode_step, 8, 8), (vae.decode_step, 2, 4)):
+    whole = cv.framewise(step, size)
+    for name, call in {
+        "whole": whole,
+        "tiled": cv.tiled(whole, (tile, tile), (0, 0)),
+        "streamed": lambda x: list(cv.streamed(step, size)(x)),
+    }.items():
+        kept, before = set(os.listdir(sys.argv[1])), len(found)
+        jax.block_until_ready(call(x[size]))
+        added = [each.partition("-")[0] for each in set(os.listdir(sys.argv[1])) - kept]
+        said[f"{size}, {name}"] = len(found) - before, sorted(set(added))
+print(json.dumps(said))
+"""
+# The programs that cut and join arrays.
+SMALL = {"jit_blend", "jit_concatenate", "jit_slice", "jit_unstack"}
+
+
+def test_after_a_plan_the_first_call_compiles_nothing(tmp_path):
+    """But for what cuts and joins arrays; a plan alone leaves out two kinds of programs."""
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for code in (PLANNING, CALLING):
+        command = [sys.executable, "-c", MODEL + code, str(tmp_path)]
+        done = subprocess.run(
+            command, env=os.environ | settings, check=True, stdout=subprocess.PIPE
+        )
+    said = json.loads(done.stdout)
+    step = {"jit__frame_batch"}
+    assert {name: step & set(added) for name, (_, added) in said.items()} == {
+        "8, whole": set(),
+        "8, tiled": step,
+        "8, streamed": step,
+        "2, whole": set(),
+        "2, tiled": set(),
+        "2, streamed": set(),
+    }
+    for name, (found, added) in said.items():
+        assert set(added) <= SMALL | step
+        # A stream shares its first program with the whole.
+        assert found >= (0 if "8, " in name else 1 if "streamed" in name else 2), name
+
+
+@pytest.mark.parametrize("put", [True, False])
+def test_planned_programs_are_those_of_arrays_put_on_a_device_or_on_none(put, vae, monkeypatch):
+    """JAX takes the two for different arguments; nothing is compiled."""
+    lowered = []
+
+    class Noted(Exception):
+        pass
+
+    def note(*args):
+        lowered.append(trace(*args).lower())
+        if len(lowered) == 2:
+            raise Noted
+        return SimpleNamespace(jaxpr=trace(*args).jaxpr, lower=lambda: Uncompiled())
+
+    class Uncompiled:
+        out_info = property(lambda self: lowered[0].out_info)
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    device = jax.devices()[0] if put else None
+    place = lambda x: jax.device_put(x, device) if eqx.is_array(x) else x  # noqa: E731
+    model, x = jax.tree.map(place, vae), place(jnp.ones((1, 17, 8, 12, 3)))
+    trace = _plan.traced_step
+    monkeypatch.setattr(_plan, "traced_step", note)
+    with pytest.raises(Noted):
+        cv.plan(model, x.shape, device=device)
+    shapes = jax.eval_shape(lambda x: vae.encode_step(x)[1], x[:, :9])
+    cache = jax.tree.map(lambda x: place(jnp.ones(x.shape)), shapes)
+    for program, *args in ((lowered[0], x[:, :9], None), (lowered[1], x[:, :8], cache)):
+        assert program.as_text() == trace((model.encode_step, args[0]), args[1]).lower().as_text()
