@@ -1,12 +1,11 @@
 """Computes a video's memory and arithmetic before it is encoded or decoded."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, SupportsFloat
 
 import equinox as eqx
@@ -35,7 +34,7 @@ class Cost:
     the video is held there; infinite, where the compiler itself found no room. `programs` are
     compiled, `flop` is the arithmetic of convolutions and matrix products. `fn` is the way
     itself: from video to moments, or from latents to video; for "streamed" to an iterator over
-    pieces of them. `compile()` fills JAX's persistent compilation cache with its programs.
+    pieces of them.
     """
 
     name: str
@@ -48,17 +47,15 @@ class Cost:
     """Floating-point operations for the whole clip."""
     fn: Callable = dataclasses.field(repr=False, compare=False)
     """From video to moments, or from latents to video."""
-    _compile: Callable[[], None] = dataclasses.field(repr=False, compare=False)
+    _rest: Callable[[], Any] = dataclasses.field(default=tuple, repr=False, compare=False)
 
     def compile(self) -> None:
-        """Compiles every program of this way, and runs none.
+        """Compiles the programs that `plan` has not compiled: those of tiles that an edge cuts.
 
-        With JAX's persistent compilation cache on, `fn` then finds all its programs there, in this
-        process and in later ones: for videos of the planned shape, in the model's dtype, on the
-        planned device. The plan itself leaves out two kinds: those of tiles that an edge cuts
-        short, and the steady one of a stream that runs ahead.
+        With JAX's persistent compilation cache on, `fn` then finds the programs of all its steps
+        there, in this process and in later ones, for videos of the planned shape and dtype.
         """
-        self._compile()
+        self._rest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +128,10 @@ def plan(
     as compiling does, unless JAX's persistent compilation cache has the plan from before. Ways
     are planned as they are called outside of `jax.jit`.
 
-    These are the programs that a call runs. With the persistent cache on, the first `vae.encode`,
-    `vae.decode` or `plan.best("decode").fn` of a video of this shape reads its steps from there.
-    A server fills the cache with a plan for each of its shapes, before it starts:
+    These are the programs that a call runs. With the persistent cache on, the first call of
+    `vae.encode`, of `vae.decode` or of any way's `fn`, for a video of this shape and dtype, reads
+    its steps from there; `plan.best("decode").compile()` adds those of tiles that an edge cuts. A
+    server fills the cache with a plan for each of its shapes, before it starts:
 
     !!! Example
 
@@ -213,13 +211,9 @@ class _Direction(NamedTuple):
 
 
 class _Program(NamedTuple):
-    """A compiled step, in bytes and operations, and how often a clip calls it.
-
-    `donated` is the part of its arguments that it writes its outputs over.
-    """
+    """A compiled step, in bytes and operations, and how often a clip calls it."""
 
     peak: float | int
-    donated: int
     arguments: int
     result: int
     flop: int
@@ -231,59 +225,44 @@ def _costs(direction: _Direction, x: jax.ShapeDtypeStruct) -> tuple[Cost, ...]:
     whole = framewise(direction.step, direction.size)
     tiles = tiled(whole, direction.tile, direction.overlap)
     grid = [_lengths(direction, axis, side) for axis, side in enumerate(sides)]
-    compiling = lambda *shapes, **how: functools.partial(_compile, direction, shapes, **how)  # noqa: E731
     clip = _programs(direction, x)
+    # A stream of an array keeps the cache that a batch goes on from, and copies a result to the
+    # host while the next one is computed.
+    peak = max(program.peak + program.result for program in _programs(direction, x, ahead=True))
     stream = streamed(direction.step, direction.size)
-    # A stream that runs ahead keeps the cache that a step goes on from.
-    peak = max(program.peak + program.donated + program.result for program in clip)
     costs = [
-        _whole("whole", whole, clip, x, compiling(x)),
-        Cost(_STREAMED, peak, len(clip), _flop(clip), stream, compiling(x, ahead=True)),
+        _whole("whole", whole, clip, x),
+        Cost(_STREAMED, peak, len(clip), _flop(clip), stream),
     ]
     if b > 1:
-        one = _cut(x, 1, *sides)
-        programs = _programs(direction, one)
-        costs.append(_whole("sliced", sliced(whole), programs, x, compiling(one), slices=b))
+        one = _programs(direction, _cut(x, 1, *sides))
+        costs.append(_whole("sliced", sliced(whole), one, x, slices=b))
     if grid == [[side] for side in sides]:
         return tuple(costs)
-    for name, fn, slices in (("tiled", tiles, 1), ("sliced tiled", sliced(tiles), b)):
-        if name == "tiled" or b > 1:
-            lengths = itertools.product(*map(set, grid))
-            shapes = [_cut(x, b // slices, *each) for each in lengths]
-            programs = _programs(direction, _cut(x, b // slices, *map(max, grid)))
-            costs.append(_tiles(name, fn, programs, x, grid, compiling(*shapes), slices))
+    costs.append(_tiles("tiled", tiles, direction, x, grid))
+    if b > 1:
+        costs.append(_tiles("sliced tiled", sliced(tiles), direction, x, grid, slices=b))
     return tuple(costs)
 
 
-def _compile(
-    direction: _Direction, shapes: Sequence[jax.ShapeDtypeStruct], *, ahead: bool = False
-) -> None:
-    """Compiles the steps of clips or tiles of these shapes, for what JAX keeps of them."""
-    for shape in shapes:
-        _programs(direction, shape, ahead=ahead)
-
-
 def _whole(
-    name: str,
-    fn: Callable,
-    programs: list[_Program],
-    x: jax.ShapeDtypeStruct,
-    compiling: Callable[[], None],
-    slices: int = 1,
+    name: str, fn: Callable, programs: list[_Program], x: jax.ShapeDtypeStruct, slices: int = 1
 ) -> Cost:
-    peak, flop = _peak(programs, x, slices * _result(programs)), slices * _flop(programs)
-    return Cost(name, peak, len(programs), flop, fn, compiling)
+    result = slices * _result(programs)
+    return Cost(name, _peak(programs, x, result), len(programs), slices * _flop(programs), fn)
 
 
 def _tiles(
     name: str,
     fn: Callable,
-    programs: list[_Program],
+    direction: _Direction,
     x: jax.ShapeDtypeStruct,
     grid: list[list[int]],
-    compiling: Callable[[], None],
-    slices: int,
+    slices: int = 1,
 ) -> Cost:
+    shapes = [_cut(x, x.shape[0] // slices, *each) for each in itertools.product(*map(set, grid))]
+    largest = max(shapes, key=lambda shape: math.prod(shape.shape))
+    programs = _programs(direction, largest)
     area = math.prod(map(sum, grid)) / math.prod(map(max, grid))
     tile = _result(programs)
     # While tiles are blended two rows of them are kept; without overlap they are the result.
@@ -291,9 +270,9 @@ def _tiles(
     result = round(slices * tile * covered)
     rows = 2 * len(grid[1]) * tile
     peak = _peak(programs, x, result) + rows
-    shapes = math.prod(len(set(lengths)) for lengths in grid)
-    flop = slices * area * _flop(programs)
-    return Cost(name, peak, shapes * len(programs), flop, fn, compiling)
+    count, flop = len(shapes) * len(programs), slices * area * _flop(programs)
+    rest = lambda: [_programs(direction, shape) for shape in shapes]  # noqa: E731
+    return Cost(name, peak, count, flop, fn, rest)
 
 
 def _peak(programs: list[_Program], x: jax.ShapeDtypeStruct, result: int) -> float | int:
@@ -353,12 +332,12 @@ def _compiled(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return _Program(math.inf, 0, 0, size, flop, calls), cache
+            return _Program(math.inf, 0, size, flop, calls), cache
     memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes
     peak = held + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    donated = memory.alias_size_in_bytes
-    return _Program(peak - donated, donated, held, size, flop, calls), cache
+    # Outputs are written over the cache that a program is given for good.
+    return _Program(peak - memory.alias_size_in_bytes, held, size, flop, calls), cache
 
 
 def _placed(vae: VAE, place: Sharding | None) -> VAE:

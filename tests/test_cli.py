@@ -276,7 +276,8 @@ def test_the_first_latent_alone(vae, source, tmp_path, capsys):
     assert "latents (1, 4, 2, 3, 4) to 13 frames: a.npy" in capsys.readouterr().out
     np.testing.assert_allclose(np.load("a.npy"), due, rtol=1e-5, atol=1e-5)
     assert run("decode", "z.safetensors", "a.npy") == 0
-    assert np.load("a.npy").shape[1] == 16
+    plain = np.load("a.npy")
+    assert plain.shape[1] == 16
 
     # A dataset's are decoded anew, to files of other names.
     for first, frames in (("--first", 1), 13), ((), 16), (("--first", 1), 13):
@@ -287,7 +288,7 @@ def test_the_first_latent_alone(vae, source, tmp_path, capsys):
         clip = video.read(tmp_path / "back" / row["file"])
         assert clip.shape[1] == frames
         if first:
-            assert video.psnr(clip, due) > 25
+            assert video.psnr(clip, due) > 20 > video.psnr(clip, plain[:, :13])
 
     assert run("reconstruct", source, "b.npy", "--frames", 9, "--first", 1) == 0
     latents = vae.encode(jnp.asarray(video.read(source, frames=9))).mode()
