@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant(
         "scale and shift are swapped",
         "_layers.py",
-        "scale, shift = map(at_least_float32, read_off)",
-        "shift, scale = map(at_least_float32, read_off)",
+        "scale, shift = self.conv_y(latents)[0], self.conv_b(latents)[0]",
+        "shift, scale = self.conv_y(latents)[0], self.conv_b(latents)[0]",
         "test_layers",
         "test_spatial_norm",
     ),
@@ -317,7 +317,7 @@ MUTANTS = (
         "PartitionSpec(self.batch, None, self.height, self.width, None)",
         "PartitionSpec(self.batch, None, self.width, self.height, None)",
         "eight_devices",
-        "steps_are_exact and decode-2x1",
+        "steps_are_exact and decode-8",
     ),
     Mutant(
         "the best mesh has the longest edges",
@@ -339,8 +339,8 @@ MUTANTS = (
     Mutant(
         "a variance is taken for a deviation",
         "_posterior.py",
-        "jnp.exp(0.5 * x)",
-        "jnp.exp(x)",
+        "jnp.exp(0.5 * logvar)",
+        "jnp.exp(logvar)",
         "test_posterior",
         "samples_have_the_moments",
     ),

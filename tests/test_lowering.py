@@ -282,7 +282,8 @@ def test_winograd_where_it_pays(frames, size, channels, name):
     assert choose.lowering(SAME, x, kernel, "cpu", Hints(split=True)) == "taps"
 
 
-BAND = Geometry(pads=((0, 0), (1, 1)))
+BAND = Geometry(pads=((0, 0), (1, 1)), band=True)
+UNPADDED = Geometry(pads=((0, 0), (0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +299,7 @@ BAND = Geometry(pads=((0, 0), (1, 1)))
         ("tpu", SAME, (1, 10, 480, 720, 128), (3, 3, 3), "channels"),
         ("tpu", SAME, (1, 3, 480, 720, 128), (3, 3, 3), "sequential"),
         ("tpu", BAND, (1, 10, 22, 720, 128), (3, 3, 3), "summed"),
+        ("tpu", UNPADDED, (1, 4, 62, 92, 512), (3, 3, 3), "products"),
         ("another", BAND, (1, 10, 22, 720, 128), (3, 3, 3), "summed"),
     ],
 )
