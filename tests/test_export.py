@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from jax import export
@@ -49,7 +48,7 @@ def test_a_process_without_this_package_runs_both_steps(models, folder):
     (folder / "server.py").write_text(SERVER)
     settings = {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.read("jax_compilation_cache_dir"),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     subprocess.run([sys.executable, "server.py"], cwd=folder, env=os.environ | settings, check=True)
