@@ -201,7 +201,7 @@ def decode(
     - `destination`: a folder, created if it is not there.
     - `fps`: frames per second of the videos; None is the rate in the file, or 8.
     - `layout`: the layout of latents whose file does not say, `"BTHWC"` or `"BCTHW"`.
-    - `first`: number of latents in the first batch, as in `framewise`: 1 decodes as CogVideoX-Fun does.
+    - `first`: number of latents in the first batch, as in `framewise`; CogVideoX-Fun takes 1.
     - `shard`, `progress`: as for `encode`.
     - `threads`: number of files at a time: one is compressed while another decodes.
 
