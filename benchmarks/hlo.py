@@ -65,16 +65,19 @@ def _trips(line: str, condition: list[str]) -> int:
     return max(map(int, _BOUND.findall("\n".join(condition))), default=1)
 
 
-def exchanges(text: str, devices: int) -> list[Exchange]:
+def exchanges(text: str, devices: int, halo_bytes: int | None = None) -> list[Exchange]:
     """Returns the collective operations of a program for `devices` devices.
 
-    Sums over devices are taken to go around a ring, which sends the fewest bytes.
+    Sums over devices are taken to go around a ring, which sends the fewest bytes. `halo_bytes`
+    is what a number of a halo has where XLA did not widen it, or None to count what is written.
     """
     found = []
     for line, times in operations(text):
         if match := _COLLECTIVE.search(line):
             result, kind, started = match.groups()
-            sizes = [_size(dtype, shape) for dtype, shape in _SHAPE.findall(result)]
+            widths = {"collective-permute": halo_bytes}
+            arrays = _SHAPE.findall(result)
+            sizes = [_size(shape, widths.get(kind) or _width(dtype)) for dtype, shape in arrays]
             if started and kind == "collective-permute":
                 sizes = sizes[:1]  # of the operand, the result and flags
             elif started and kind in ("all-gather", "reduce-scatter"):
@@ -100,10 +103,13 @@ def _group(line: str, devices: int) -> int:
     return devices
 
 
-def _size(dtype: str, shape: str) -> float:
-    bits = _BITS.search(dtype)
-    width = int(bits[0]) / 8 if bits else 1
+def _size(shape: str, width: float) -> float:
     return math.prod(int(side) for side in shape.split(",") if side) * width
+
+
+def _width(dtype: str) -> float:
+    bits = _BITS.search(dtype)
+    return int(bits[0]) / 8 if bits else 1
 
 
 __all__ = ["Exchange", "exchanges", "operations"]

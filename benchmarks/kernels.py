@@ -58,7 +58,9 @@ def _kernels(data: Any) -> list[tuple[str, float]]:
     totals: Counter = Counter()
     for line in lines:
         for event in line.events:
-            if planes or any(name == "hlo_op" for name, _ in event.stats):
+            # On a CPU a second event marks an operation's end.
+            is_operation = ("hlo_op", event.name) in list(event.stats)
+            if planes or is_operation:
                 totals[event.name] += event.duration_ns / 1e9
     return totals.most_common()
 
