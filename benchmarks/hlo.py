@@ -15,6 +15,7 @@ _COLLECTIVE = re.compile(
 )
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 _BITS = re.compile(r"\d+")
 
 
@@ -98,6 +99,10 @@ def _share_sent(kind: str, devices: int) -> float:
 
 
 def _group(line: str, devices: int) -> int:
+    """Returns how many devices take part together, written as a list or by axes of a mesh."""
+    if mesh := _MESH.search(line):
+        sizes = dict(axis.split("=") for axis in mesh[1].split(","))
+        return math.prod(int(sizes[axis.strip()]) for axis in mesh[2].split(","))
     if found := _GROUPS.search(line):
         return int(found[1]) if found[1] else found[2].count(",") + 1
     return devices

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from ._layers import Conv
 from ._lowering import Taps, pointwise_conv
+from ._resnet import ResnetBlock
 from ._types import at_least_float32
 
 _M = TypeVar("_M", bound=eqx.Module)
@@ -53,12 +54,14 @@ class QuantisedConv(eqx.Module):
 
 
 def quantised(vae: _M, dtype: Any) -> _M:
-    """Returns the model with the kernels of its convolutions held in 8 bits.
+    """Returns the model with the kernels of its residual blocks held in 8 bits.
 
     Each output channel of a kernel has a scale. Kernels are dequantised where they are used, so
     that all is computed in the dtype that the model had: this saves memory for weights, and no
-    time. Biases, norms and pointwise convolutions stay as they are. Scales of the float8 formats
-    are powers of two: a model whose weights were float8 before comes back bit by bit.
+    time. Everything else stays as it is: biases, norms, pointwise convolutions, and the first,
+    the last and the resampling convolutions, which are 2 % of the weights and would add most of
+    the error. Scales of the float8 formats are powers of two, so that a model whose weights were
+    float8 before comes back bit by bit.
 
     Kernels in 8 bits are not trained and have no gradients; gradients by video, latents and any
     other weights are as before.
@@ -73,25 +76,24 @@ def quantised(vae: _M, dtype: Any) -> _M:
 
     - `vae`: a `VAE`, or one with a half removed. For shapes alone, as `plan` takes them, call
         `eqx.filter_eval_shape(cv.quantised, shapes, "float8_e4m3fn")`.
-    - `dtype`: `"float8_e4m3fn"`, `"float8_e5m2"` or `"int8"`. An error of `"int8"` is about a
-        third of that of `"float8_e4m3fn"`; it does not hold published float8 weights exactly.
+    - `dtype`: `"float8_e4m3fn"`, `"float8_e5m2"` or `"int8"`. The error of `"int8"` is a third of
+        that of `"float8_e4m3fn"`; but it does not hold published float8 weights exactly.
 
     **Returns:** a model of the same type and calls. `dequantised` undoes it, but for the rounding.
 
     **Raises:** `ValueError` for another `dtype`, and for a model that is quantised already or has
-    no kernel to quantise.
+    no residual blocks.
     """
     form = _format(dtype)
     if is_quantised(vae):
         raise ValueError(
             "the model's weights are held in 8 bits already: quantise `cv.dequantised(vae)`."
         )
-    convert = lambda node: _packed(node, form) if _is_taken(node) else node  # noqa: E731
-    result = jax.tree.map(convert, vae, is_leaf=_is_taken)
+    result = jax.tree.map(lambda node: _in_block(node, form), vae, is_leaf=_is_block)
     if not is_quantised(result):
         raise ValueError(
-            f"a {type(vae).__name__} without any convolution of several taps was given, and there "
-            "is nothing to quantise: give a VAE."
+            f"a {type(vae).__name__} without residual blocks was given, and their kernels are what "
+            "is quantised: give a VAE."
         )
     return result
 
@@ -119,6 +121,17 @@ def is_quantised(tree: PyTree) -> bool:
 
 def _is_quantised(node: Any) -> bool:
     return isinstance(node, QuantisedConv)
+
+
+def _is_block(node: Any) -> bool:
+    return isinstance(node, ResnetBlock)
+
+
+def _in_block(node: Any, form: str) -> Any:
+    if not _is_block(node):
+        return node
+    convert = lambda node: _packed(node, form) if _is_taken(node) else node  # noqa: E731
+    return jax.tree.map(convert, node, is_leaf=_is_taken)
 
 
 def _is_taken(node: Any) -> bool:

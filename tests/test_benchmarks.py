@@ -41,6 +41,7 @@ ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
 backend_config={"known_trip_count":{"n":"7"}}
   %call = f32[16]{0} call(%p0), to_apply=%called
   %sum = (f32[10]{0}, f32[]) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %over = f32[10]{0} all-reduce(%a), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add
   %begun = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%c), \
 source_target_pairs={{0,1}}
   %noted = f32[6]{0} add(%c, %c), backend_config={"estimated_cycles":"100"}
@@ -57,6 +58,7 @@ def test_exchanges_are_read_off_a_program():
         ("collective-permute", 7, 4 * 8 * 2),
         ("all-gather", 1, 16 * 4 * 3 / 4),  # a ring's device passes on all parts but one
         ("all-reduce", 1, (10 + 1) * 4 * 2 * 1 / 2),
+        ("all-reduce", 1, 10 * 4 * 2 * 3 / 4),
         ("collective-permute", 1, 6 * 4),
     }
     halos = [e.sent for e in exchanges(PROGRAM, 8, halo_bytes=2) if e.kind == "collective-permute"]
