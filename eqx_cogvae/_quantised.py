@@ -1,4 +1,4 @@
-"""Weights in 8 bits: convolutions that hold their kernel quantised, and dequantise it for use."""
+"""Holds weights in 8 bits: convolutions with a quantised kernel, which they dequantise for use."""
 
 import functools
 from typing import Any, TypeVar
@@ -10,20 +10,21 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from ._layers import Conv
-from ._lowering import Taps, pointwise_conv
+from ._lowering import Taps
 from ._resnet import ResnetBlock
 from ._types import at_least_float32
 
 _M = TypeVar("_M", bound=eqx.Module)
 
 FORMATS = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
-"""The formats of 8 bits, and the largest number of each."""
+"""The largest number of each format of 8 bits."""
 
 
 class QuantisedConv(eqx.Module):
-    """A convolution whose kernel is held in 8 bits, with one scale for each output channel.
+    """Holds a convolution's kernel in 8 bits, with one scale for each output channel.
 
-    It stands in for a `Conv`. The kernel is made where it is used, in the dtype of the scale.
+    It stands in for the `Conv` of a causal convolution. The kernel is dequantised wherever it is
+    used, in the dtype of the scale.
     """
 
     # Integers hold the bits: neither `eqx.is_inexact_array` nor a cast of the model to another
@@ -43,10 +44,6 @@ class QuantisedConv(eqx.Module):
             )
         small = lax.bitcast_convert_type(self.bits, jnp.dtype(self.format))
         return small.astype(self.scale.dtype) * _by_channel(self.scale, self.bits.ndim)
-
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
-        """Multiplies the channels of each pixel by a kernel of size 1x1x1."""
-        return pointwise_conv(x, *self.taps())
 
     def taps(self) -> Taps:
         """Returns the dequantised kernel and the bias."""
