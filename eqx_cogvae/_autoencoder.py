@@ -1,7 +1,7 @@
-"""The model: encoder, decoder, and the VAE that holds both."""
+"""Defines the model: encoder, decoder, and the VAE that holds both."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,13 +24,13 @@ _OUT_EPS = 1e-6
 
 
 class BlockCache(NamedTuple):
-    """The caches of a block's resnets."""
+    """Holds the caches of a block's resnets."""
 
     resnets: tuple[ResnetCache, ...]
 
 
 class DownBlock(eqx.Module):
-    """Resnets, then halving, where there is a downsampler."""
+    """Applies the resnets, then the downsampler, which the last level lacks."""
 
     resnets: tuple[ResnetBlock, ...]
     downsamplers: tuple[Downsample, ...]
@@ -45,7 +45,7 @@ class DownBlock(eqx.Module):
 
 
 class MidBlock(eqx.Module):
-    """Resnets at the lowest resolution."""
+    """Applies resnets at the lowest resolution."""
 
     resnets: tuple[ResnetBlock, ...]
 
@@ -60,7 +60,7 @@ class MidBlock(eqx.Module):
 
 
 class UpBlock(eqx.Module):
-    """Resnets, then doubling, where there is an upsampler."""
+    """Applies the resnets, then the upsampler, which the last level lacks."""
 
     resnets: tuple[ResnetBlock, ...]
     upsamplers: tuple[Upsample, ...]
@@ -75,12 +75,13 @@ class UpBlock(eqx.Module):
     ) -> tuple[Float[Array, "b t3 h3 w3 o"], BlockCache]:
         x, cache = _chain(self.resnets, x, cache, latents)
         for upsample in self.upsamplers:
+            # An upsampler of a user need not know of `continued`.
             x = upsample(x, continued=True) if continued else upsample(x)
         return x, cache
 
 
 class EncoderCache(NamedTuple):
-    """The last frames that the encoder's causal convolutions saw."""
+    """Holds the last frames that the encoder's causal convolutions saw."""
 
     conv_in: Float[Array, "b k h w c"] | None
     down_blocks: tuple[BlockCache, ...]
@@ -89,7 +90,7 @@ class EncoderCache(NamedTuple):
 
 
 class DecoderCache(NamedTuple):
-    """The last frames that the decoder's causal convolutions saw."""
+    """Holds the last frames that the decoder's causal convolutions saw."""
 
     conv_in: Float[Array, "b k h w c"] | None
     mid_block: BlockCache
@@ -97,14 +98,15 @@ class DecoderCache(NamedTuple):
     conv_out: Float[Array, "b k h w c"] | None
 
     def continued(self) -> "ContinuedCache":
-        """Returns a cache that says that the next batch is no clip's first, whatever its size."""
+        """Returns the cache, marked to say that the next batch does not start a clip."""
         return ContinuedCache(*self)
 
 
 class ContinuedCache(DecoderCache):
-    """The decoder's cache before a batch whose every latent gives as many frames as any other.
+    """Marks the decoder's cache to say that the next batch does not start a clip.
 
-    Without it an odd batch is taken for a clip's first, as diffusers does.
+    Without the mark an odd batch is treated as the start of a clip, as diffusers does. The decoder
+    returns a cache with the mark if it is given one.
     """
 
 
@@ -185,7 +187,8 @@ class Decoder(eqx.Module):
             x, past = block(x, past, latents=latents, continued=continued)
             caches.append(past)
         x, conv_out = normed_conv(self.norm_out, jax.nn.silu, self.conv_out, x, conv_out, latents)
-        return x, DecoderCache(conv_in, mid_block, tuple(caches), conv_out)
+        cache = DecoderCache(conv_in, mid_block, tuple(caches), conv_out)
+        return x, cache.continued() if continued else cache
 
 
 class VAE(eqx.Module):
@@ -209,8 +212,8 @@ class VAE(eqx.Module):
     """
 
     config: Config = eqx.field(static=True)
-    encoder: Encoder
-    decoder: Decoder
+    encoder: Encoder | None
+    decoder: Decoder | None
     quant_conv: Conv | None
     post_quant_conv: Conv | None
 
@@ -238,6 +241,12 @@ class VAE(eqx.Module):
         """
         return _dtype(self.encoder if self.decoder is None else self.decoder)
 
+    def _half(self, name: str) -> Any:
+        """Returns the encoder or the decoder, which a user may have removed to save memory."""
+        if (half := getattr(self, name)) is None:
+            raise ValueError(f"the model has no {name} (it is None): load the model again.")
+        return half
+
     @bound
     @eqx.filter_jit
     @on_automatic_axes
@@ -253,8 +262,9 @@ class VAE(eqx.Module):
         """
         cell = self.config.spatial_compression
         check_clip(frames, "video", self.config.in_channels, smallest=cell)
-        x, cache = self.encoder(frames.astype(_dtype(self.encoder)), cache)
-        return (x if self.quant_conv is None else self.quant_conv(x)), cache
+        encoder = self._half("encoder")
+        x, after = encoder(frames.astype(_dtype(encoder)), cache)
+        return (x if self.quant_conv is None else self.quant_conv(x)), after
 
     @bound
     @eqx.filter_jit
@@ -267,15 +277,16 @@ class VAE(eqx.Module):
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
         check_clip(latents, "latents", self.config.latent_channels, smallest=1)
-        z = latents.astype(_dtype(self.decoder))
+        decoder = self._half("decoder")
+        z = latents.astype(_dtype(decoder))
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        return self.decoder(z, cache)
+        return decoder(z, cache)
 
     @bound
     def encode(self, video: Float[AnyArray, "b t h w c"]) -> DiagonalGaussian:
         """Encodes a clip in frame batches of 8; the first takes the remainder.
 
-        Counts of 8k + 1 frames round-trip; others warn. See `pad_frames`.
+        By default 8k + 1 frames decode to as many; other counts warn. See `pad_frames`.
 
         **Raises:** `ValueError` for a wrong rank, channel count, dtype or range.
         """
@@ -291,7 +302,9 @@ class VAE(eqx.Module):
 
     @bound
     def decode(self, latents: Float[AnyArray, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
-        """Decodes a clip in frame batches of 2; the first takes the remainder. Not clipped.
+        """Decodes a clip in frame batches of 2; the first takes the remainder.
+
+        Values are not clipped to [-1, 1].
 
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
@@ -314,7 +327,10 @@ class VAE(eqx.Module):
 
         `image_condition=True` is for the latents of the picture an image-to-video model starts
         from: those are divided by the factor where the config sets `invert_scale_latents`.
+
+        **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
+        check_clip(latents, "latents", self.config.latent_channels, smallest=1)
         shift, std = self._latent_statistics()
         scaled = (latents - shift.astype(latents.dtype)) / std.astype(latents.dtype)
         return scaled * self._factor(image_condition)
@@ -324,6 +340,7 @@ class VAE(eqx.Module):
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:
         """Undoes `scale_latents`: returns latents in the VAE's own units."""
+        check_clip(latents, "latents", self.config.latent_channels, smallest=1)
         shift, std = self._latent_statistics()
         scaled = latents / self._factor(image_condition)
         return scaled * std.astype(latents.dtype) + shift.astype(latents.dtype)
@@ -339,12 +356,12 @@ class VAE(eqx.Module):
         return mean.reshape(shape) + (config.shift_factor or 0.0), std.reshape(shape)
 
 
-def _dtype(half: Encoder | Decoder | None) -> jnp.dtype:
-    """Returns the dtype of a half's first floating parameter."""
-    if half is None:
-        raise ValueError("this half of the model was removed: load it again to use it.")
-    dtypes = (leaf.dtype for leaf in jax.tree.leaves(half) if hasattr(leaf, "dtype"))
-    return next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
+def _dtype(half: Any) -> jnp.dtype:
+    """Returns the dtype of the first floating parameter."""
+    for leaf in jax.tree.leaves(half):
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf.dtype
+    raise ValueError("the model holds no floating parameter: load it again.")
 
 
 def _chain(

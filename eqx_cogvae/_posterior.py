@@ -1,4 +1,4 @@
-"""The diagonal Gaussian that an encoder returns."""
+"""Defines the diagonal Gaussian that an encoder returns."""
 
 import math
 
@@ -33,20 +33,20 @@ class DiagonalGaussian(eqx.Module):
     @property
     def std(self) -> Float[Array, "b t h w c"]:
         """The standard deviation of each element: `exp(logvar / 2)`."""
-        return _exp_of_half(self.logvar)
+        return _std(self.logvar)
 
     def mode(self) -> Float[Array, "b t h w c"]:
-        """The most likely latents."""
+        """Returns the mean, which is the most likely value."""
         return self.mean
 
     @eqx.filter_jit
     def sample(self, key: Key) -> Float[Array, "b t h w c"]:
-        """Latents drawn at random; differentiable in `mean` and `logvar`."""
+        """Draws latents at random; differentiable in `mean` and `logvar`."""
         return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
     @eqx.filter_jit
     def kl(self, other: "DiagonalGaussian | None" = None) -> Float[Array, " b"]:
-        """KL divergence to `other`, or to the unit Gaussian, in nats, summed over all but batch."""
+        """Returns the KL divergence to `other`, or to the unit Gaussian, in nats, of each clip."""
         mean, logvar = _upcast(self.mean, self.logvar)
         if other is None:
             terms = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
@@ -58,15 +58,15 @@ class DiagonalGaussian(eqx.Module):
 
     @eqx.filter_jit
     def nll(self, x: Float[Array, "b t h w c"]) -> Float[Array, " b"]:
-        """Negative log likelihood of `x` in nats, summed over all but the batch."""
+        """Returns the negative log likelihood of each clip of `x`, in nats."""
         mean, logvar, x = _upcast(self.mean, self.logvar, x)
         terms = math.log(2 * math.pi) + logvar + jnp.square(x - mean) * jnp.exp(-logvar)
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3, 4))
 
 
 @eqx.filter_jit
-def _exp_of_half(x: Array) -> Array:
-    return jnp.exp(0.5 * x)
+def _std(logvar: Array) -> Array:
+    return jnp.exp(0.5 * logvar)
 
 
 def _upcast(*arrays: Array) -> tuple[Array, ...]:
