@@ -17,6 +17,7 @@ from .._autoencoder import VAE
 from .._checks import warn
 from .._config import Config, read_fields
 from .._files import check_name, check_regular, staged
+from .._quantised import is_quantised
 from .files import CONFIG, INDEX, PICKLES, SHARD, WEIGHTS, find, read_json
 from .fingerprints import departures, is_array, skeleton
 from .names import file_names, from_stored, named, own_tensors, tensor_names, to_stored
@@ -163,8 +164,8 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
     - `path`: the directory; missing parents are created.
 
     **Raises:** `ValueError` for a model that is not whole, or that computes something else than
-    its config says, such as one that pads by replication; `OSError` if the files cannot be
-    written.
+    its config says, such as one that pads by replication, and for one from `quantised`; `OSError`
+    if the files cannot be written.
     """
     tensors = stored_tensors(vae)
     fields = {"_class_name": "AutoencoderKLCogVideoX", "_diffusers_version": _DIFFUSERS_VERSION}
@@ -328,6 +329,11 @@ def stored_tensors(vae: VAE) -> dict[str, Stored]:
 
     **Raises:** `ValueError` for a model that is not whole, or not as its config says.
     """
+    if is_quantised(vae):
+        raise ValueError(
+            "cannot save a model whose weights are held in 8 bits, as diffusers' files have no "
+            "scales: save `cv.dequantised(vae)`, or use `eqx.tree_serialise_leaves`."
+        )
     due = named(skeleton(vae.config))
     leaves = {
         name: leaf

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from .._autoencoder import VAE
 from .._checkpoint.checkpoint import tensor_names
+from .._quantised import is_quantised
 from .._types import Key
 from ._clip_loss import ClipLoss, Metrics
 from ._remat import rematerialised
@@ -77,11 +78,18 @@ class Trainer(eqx.Module):
             raise ValueError(f"`decay` must lie in [0, 1), got {self.decay}: the usual is 0.999.")
 
     def init(self, vae: VAE) -> TrainState:
-        """The state before the first step; `vae` stays the caller's own.
+        """Returns the state before the first step; `vae` stays the caller's own.
 
         Warns of weights in half precision, in which small steps are rounded away.
+
+        **Raises:** `ValueError` if `trainable` chooses no tensor, or weights held in 8 bits.
         """
         trained, _ = self._split(vae)
+        if is_quantised(vae if self.trainable is None else trained):
+            raise ValueError(
+                "weights held in 8 bits cannot be trained: train `cv.dequantised(vae)`, or choose "
+                "others by `trainable`, such as those of layers of your own."
+            )
         if not (leaves := jax.tree.leaves(trained)):
             raise ValueError(
                 "`trainable` chooses no tensor, of names such as `decoder.conv_in.conv.weight`."
