@@ -1,5 +1,7 @@
 """Training against a discriminator: numbers against torch, runs that stay finite and go on."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,14 @@ from eqx_cogvae import training, video
 from eqx_cogvae._checkpoint import stored_leaves
 
 START = 2
-CLIPS = (2, 9, 16, 16, 3)
+SMALL = (2, 5, 8, 8, 3)  # two hundred steps of these take seconds
 
 
 class Mean(eqx.Module):
     """A loss of one's own that draws nothing, so that torch computes the same."""
+
+    def __call__(self, vae, clips, key):
+        return self.with_decoded(vae, clips, key)[:2]
 
     def with_decoded(self, vae, clips, key):
         del key
@@ -29,7 +34,8 @@ class Mean(eqx.Module):
 
 @pytest.fixture(scope="module")
 def clips():
-    return jnp.tanh(normal(CLIPS, 1))
+    """Two batches of latents, the second with a cache."""
+    return jnp.tanh(normal((2, 9, 8, 8, 3), 1))
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,13 @@ def trainer():
     """The one whose program tests share."""
     adversarial = training.Adversarial(optax.adam(1e-3, b1=0.5), weight=0.5, start=START)
     return training.Trainer(optax.adam(3e-3), decay=0.9, adversarial=adversarial)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """One whose steps show the gradients."""
+    adversarial = training.Adversarial(optax.sgd(1.0), weight=0.7)
+    return training.Trainer(optax.sgd(1.0), Mean(), adversarial=adversarial)
 
 
 def flat(tree):
@@ -95,12 +108,10 @@ def torchs(both, discriminator, clips, weight):
     return metrics, grads, [p.grad.numpy().ravel() for p in judge.parameters()]
 
 
-def test_a_step_is_torchs(both, discriminator, clips):
+def test_a_step_is_torchs(both, discriminator, clips, exact):
     """Hinge losses, the adaptive weight, and what both gradients do to their weights."""
-    adversarial = training.Adversarial(optax.sgd(1.0), weight=0.7)
-    trainer = training.Trainer(optax.sgd(1.0), Mean(), adversarial=adversarial)
-    state = trainer.init(both.vae, discriminator)
-    state, metrics = trainer.step(state, clips, jax.random.key(0))
+    state = exact.init(both.vae, discriminator)
+    state, metrics = exact.step(state, clips, jax.random.key(0))
     due, grads, judge_grads = torchs(both, discriminator, clips, 0.7)
     assert 0.01 < due["adversarial_weight"] < 1e3
     for name, value in due.items():
@@ -124,7 +135,7 @@ def test_hinge_is_torchs():
 def test_two_hundred_steps_stay_finite_and_reduce_the_loss(trainer, discriminator):
     """The first of them without the discriminator, which does not move until it is asked."""
     vae = cv.VAE(SHALLOW, key=jax.random.key(0))
-    clips = np.concatenate([video.procedural_clip(9, 16, 16, seed=i) for i in range(2)])
+    clips = np.concatenate([video.procedural_clip(5, 8, 8, seed=i) for i in range(SMALL[0])])
     state, metrics = trainer.init(vae, discriminator), []
     for step in range(200):
         state, each = trainer.step(state, clips, jax.random.key(0))
@@ -164,16 +175,15 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(trainer, discriminato
     assert not np.array_equal(flat(whole.discriminator), flat(discriminator))
 
 
-def test_the_same_step_with_less_memory_and_on_a_mesh(discriminator, clips, both):
+def test_the_same_step_with_less_memory_and_on_a_mesh(discriminator, clips, both, exact):
     """Parts that hold the same clips have the same adaptive weight."""
     twice = jnp.concatenate([clips[:1]] * 2)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
-    adversarial = training.Adversarial(optax.sgd(1.0))
-    results = []
-    for options in ({}, {"accumulate": 2, "rematerialise": True, "mesh": mesh}):
-        trainer = training.Trainer(optax.sgd(1.0), Mean(), adversarial=adversarial, **options)
-        state = trainer.init(both.vae, discriminator)
-        results.append(trainer.step(state, twice, jax.random.key(0)))
+    less = dataclasses.replace(exact, accumulate=2, rematerialise=True, mesh=mesh)
+    results = [
+        trainer.step(trainer.init(both.vae, discriminator), twice, jax.random.key(0))
+        for trainer in (exact, less)
+    ]
     (whole, due), (parts, got) = results
     for name, value in due.items():
         assert got[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
@@ -190,10 +200,10 @@ def test_states_without_a_discriminator_are_as_before(trainer, discriminator, tm
         places = {name.split(".")[1].partition("[")[0] for name in file.keys()}  # noqa: SIM118
         assert file.metadata() == {
             "format": "eqx_cogvae.state.1",
-            "optimiser": "ScaleByAdamState EmptyState",
+            "optimiser": "ScaleByAdamState",
         }
     assert places == {"model", "average", "optimiser", "step"}
-    with pytest.raises(ValueError, match=r"holds no more and .*due is .*\.discriminator") as info:
+    with pytest.raises(ValueError, match=r"is not a state of .*due is \.discriminator") as info:
         training.load_state(tmp_path / "plain", trainer.init(vae, discriminator))
     assert "\n" not in str(info.value)
 

@@ -94,7 +94,7 @@ def test_a_loss_of_ones_own_is_weighed_with_the_others(vae, clips):
 
 
 def test_what_is_no_loss_of_ones_own(vae, clips, unchecked):
-    with pytest.raises(TypeError, match=r"a function of \(decoded, clips\), and its weight .* 0\.1"):
+    with pytest.raises(TypeError, match=r"of \(decoded, clips\), and its weight .* got 0\.1"):
         training.ClipLoss(perceptual=0.1)
     per_clip = training.ClipLoss(perceptual=lambda a, b: jnp.mean(a - b, axis=(1, 2, 3, 4)))
     with pytest.raises(ValueError, match=r"must return a scalar, got shape \(4,\): take its mean"):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._autoencoder import VAE
 from .._checkpoint import tensor_names
 from .._types import Key, at_least_float32
-from ._clip_loss import ClipLoss, Metrics
+from ._clip_loss import Metrics
 
 _LAST_LAYER = "decoder.conv_out."
 _SMALLEST_NORM = 1e-4
@@ -80,7 +80,7 @@ class Adversarial(eqx.Module):
 
     def objective(
         self,
-        loss: ClipLoss,
+        loss: Any,
         vae: VAE,
         discriminator: Callable,
         clips: Float[Array, "b t h w c"],
@@ -89,8 +89,8 @@ class Adversarial(eqx.Module):
     ) -> tuple[Scalar, Metrics]:
         """Returns a sum to differentiate by the VAE and by the discriminator, and the metrics.
 
-        The first addend, `loss` among the metrics, depends on the VAE's weights alone, the second
-        on the discriminator's.
+        One addend, `loss` among the metrics, is differentiated by the VAE's weights alone, the
+        other by the discriminator's. `loss` has a method `with_decoded`, as `ClipLoss` has.
         """
         last, rest = eqx.partition(vae, _last_layer(vae))
 
@@ -101,12 +101,12 @@ class Adversarial(eqx.Module):
         (value, decoded), pull, terms = jax.vjp(forward, last, has_aux=True)
         fixed = _stopped(discriminator)
         term, back = jax.vjp(lambda decoded: -_mean(fixed(decoded)), decoded)
-        # Of constants: the weight is not differentiated, nor what it is made of.
+        # What the weight is made of counts as constant, so nothing is differentiated twice.
         pull, (ascent,) = _stopped(pull), _stopped(back(jnp.ones_like(term)))
         by_loss = norm(pull((jnp.ones_like(value), jnp.zeros_like(decoded))))
         by_term = norm(pull((jnp.zeros_like(value), ascent)))
         ratio = jnp.clip(by_loss / (by_term + _SMALLEST_NORM), 0, _LARGEST_WEIGHT)
-        weight = jnp.where(step < self.start, 0, self.weight * _stopped(ratio))
+        weight = jnp.where(step < self.start, 0, self.weight * ratio)
         real, fake = discriminator(clips), discriminator(_stopped(decoded))
         own, value = hinge(real, fake), value + weight * term
         added = {"adversarial": term, "adversarial_weight": weight, "discriminator": own}

@@ -18,7 +18,7 @@ from .._checkpoint.tensors import FLOATS, Stored, read_safetensors, write_safete
 from .._files import atomic
 from .._layers import Conv
 from .._lowering import Taps, pointwise_conv
-from .._types import Key
+from .._types import Key, at_least_float32
 
 _KERNEL, _DOWN, _UP = ".weight", ".lora_A", ".lora_B"
 _SHOWN = 3
@@ -28,8 +28,8 @@ class LowRank(eqx.Module):
     """A convolution's kernel and bias, and a change of low rank to the kernel.
 
     It stands in for a `Conv`, and keeps the names of its tensors. The change is
-    `lora_A @ lora_B`, by input channels and taps, and by output channels. As kernels are small
-    beside clips, adding it up takes no time, and no memory for further activations.
+    `lora_A @ lora_B`. It is added to the kernel, which is small beside a clip, so that there is one
+    convolution to run as before, and there are no further activations to keep.
     """
 
     weight: Float[Array, "*sizes i o"]
@@ -44,8 +44,8 @@ class LowRank(eqx.Module):
     def taps(self) -> Taps:
         """Returns the changed kernel, in the dtype of the unchanged one, and the bias."""
         change = jnp.matmul(self.lora_A, self.lora_B, precision="highest")
-        dtype = jnp.promote_types(self.weight.dtype, change.dtype)
-        kernel = self.weight.astype(dtype) + change.astype(dtype)
+        kernel = at_least_float32(self.weight)
+        kernel = kernel + change.astype(kernel.dtype)
         return Taps(kernel.astype(self.weight.dtype), self.bias)
 
 
@@ -218,7 +218,7 @@ def _low_rank(conv: Conv, down: Any, up: Any) -> LowRank:
 
 
 def _at_least_float32(conv: Conv) -> Any:
-    return jnp.promote_types(conv.weight.dtype, jnp.float32)
+    return jnp.float64 if conv.weight.dtype == jnp.float64 else jnp.float32
 
 
 def _stored(leaf: Any) -> Stored:

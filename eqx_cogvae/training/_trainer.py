@@ -176,8 +176,7 @@ class Trainer(eqx.Module):
         if self.adversarial is None:
             value, terms = self.loss(vae, clips, key)
             return value, {"loss": value, **terms}
-        loss: Any = self.loss
-        return self.adversarial.objective(loss, vae, discriminator, clips, key, step)
+        return self.adversarial.objective(self.loss, vae, discriminator, clips, key, step)
 
     def _gradients(self, state: TrainState, clips: Array, key: Key) -> tuple[Metrics, Any]:
         """Returns the metrics, and the gradients of the VAE and of the discriminator."""
