@@ -125,13 +125,14 @@ def test_only_the_changes_are_trained(vae):
         rematerialise=True,
         adversarial=training.Adversarial(optax.adam(1e-3)),
     )
+    clips = jnp.tanh(normal((1, 5, 8, 8, 3)))
     judge = training.Discriminator(width=4, levels=2, key=jax.random.key(2))
     state = trainer.init(wrapped, judge)
     due = [name for name in names(wrapped) if training.lora_only(name)]
     assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(state.optimiser)) == 2 * len(due)
     losses = []
     for _ in range(4):
-        state, metrics = trainer.step(state, normal(VIDEO).clip(-1, 1), jax.random.key(0))
+        state, metrics = trainer.step(state, clips, jax.random.key(0))
         losses.append(metrics)
     assert all(np.isfinite(value) for each in losses for value in each.values())
     assert losses[0]["adversarial_weight"] > 0
@@ -213,6 +214,21 @@ def test_it_comes_back_from_its_file(changed, vae, tmp_path):
     some = training.lora(vae, 5, key=jax.random.key(3), where=lambda name: "conv_out" in name)
     training.save_lora(path, some)
     assert eqx.tree_equal(training.load_lora(path, vae), some)
+
+
+def test_a_write_that_fails_leaves_the_old_file(changed, tmp_path, monkeypatch):
+    path = tmp_path / "lora"
+    training.save_lora(path, changed)
+    whole = path.read_bytes()
+
+    def half(partial, *_):
+        partial.write_bytes(whole[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("eqx_cogvae.training._lora.write_safetensors", half)
+    with pytest.raises(OSError, match=r"No space left on device: .*lora'$"):
+        training.save_lora(path, changed)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [whole]
 
 
 DOWN, UP = "decoder.conv_in.conv.lora_A", "decoder.conv_in.conv.lora_B"

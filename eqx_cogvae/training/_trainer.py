@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from .._autoencoder import VAE
 from .._checkpoint import tensor_names
 from .._checks import warn
+from .._meshes import automatic
 from .._pixels import from_pixels
 from .._types import Key
 from ._adversarial import Adversarial, check_optimiser, norm
@@ -36,6 +37,11 @@ class TrainState(eqx.Module):
     """The discriminator, or None without one."""
     discriminator_optimiser: PyTree = None
     """The state of the discriminator's optimiser, or None."""
+
+
+def _automatic(mesh: Mesh | None) -> Mesh | None:
+    """Returns the mesh with axes along which XLA splits the work, as the model's are inside."""
+    return None if mesh is None else automatic(mesh)
 
 
 class Trainer(eqx.Module):
@@ -67,7 +73,7 @@ class Trainer(eqx.Module):
     accumulate: int = 1
     dtype: Any = eqx.field(default=None, static=True)
     rematerialise: bool = False
-    mesh: Mesh | None = eqx.field(default=None, static=True)
+    mesh: Mesh | None = eqx.field(default=None, static=True, converter=_automatic)
     adversarial: Adversarial | None = None
 
     def __check_init__(self):
@@ -157,7 +163,13 @@ class Trainer(eqx.Module):
                 f"a batch of {clips.shape[0]} clips does not divide into {parts} parts, "
                 f"{self.accumulate} to accumulate on each of {parts // self.accumulate} devices."
             )
-        return _update((self, jnp.asarray(clips), key), state)
+        clips = jnp.asarray(clips) if self.mesh is None else jax.device_put(clips, self._by_clip)
+        return _update((self, clips, key), state)
+
+    @property
+    def _by_clip(self) -> NamedSharding:
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
 
     def _split(self, vae: VAE) -> tuple[Any, Any]:
         if self.trainable is None:
@@ -207,8 +219,7 @@ class Trainer(eqx.Module):
 def _update(held: tuple[Trainer, Array, Key], state: TrainState) -> tuple[TrainState, Metrics]:
     trainer, clips, key = held
     if trainer.mesh is not None:
-        batch = PartitionSpec(trainer.mesh.axis_names)
-        clips = lax.with_sharding_constraint(clips, NamedSharding(trainer.mesh, batch))
+        clips = lax.with_sharding_constraint(clips, trainer._by_clip)
     if clips.dtype == jnp.uint8:
         clips = from_pixels(clips)
     key = jax.random.fold_in(key, state.step)
