@@ -77,7 +77,8 @@ notebooks: .venv/.docs
 # The tests leave them here too: what they have executed is not executed again.
 build/notebooks/%.ipynb: notebooks/%.py $(shell find eqx_cogvae -type f -not -name "*.pyc") | .venv/.docs
 	mkdir -p build/notebooks
-	JAX_PLATFORMS=cpu $(BIN)/python -m jupytext --to notebook --execute --output $@ $<
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=1 \
+		$(BIN)/python -m jupytext --to notebook --execute --output $@ $<
 
 clean:
 	rm -rf build site .venv .jax_cache .hypothesis .pytest_cache .ruff_cache

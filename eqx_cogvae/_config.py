@@ -139,16 +139,21 @@ class Config:
         """
         return sum(map(self._down, frame_batches(t, SAMPLE_BATCH)))
 
-    def sample_frames(self, t: int) -> int:
+    def sample_frames(self, t: int, first: int | None = None) -> int:
         """Returns how many sample frames a clip decodes to.
 
         **Arguments:**
 
         - `t`: number of latent frames.
+        - `first`: number of latent frames in the first batch, as in `framewise`; None lets it
+            take the remainder.
 
         **Returns:** number of sample frames, for frame batches of 2.
         """
-        return sum(map(self._up, frame_batches(t, LATENT_BATCH)))
+        if first is None:
+            return sum(map(self._up, frame_batches(t, LATENT_BATCH)))
+        begun = min(first, t)
+        return self._up(begun) + (t - begun) * self.temporal_compression
 
     def _down(self, t: int) -> int:
         for _ in range(int(math.log2(self.temporal_compression))):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ._checkpoint.fingerprints import exact_fingerprint, fingerprint
 from ._checkpoint.tensors import FLOATS, Stored, read_safetensors, write_safetensors
-from ._files import atomic
+from ._files import atomic, check_name
 
 FORMAT = "eqx_cogvae.latents.1"
 _NAME = "latents"
@@ -199,6 +199,7 @@ def check_latents(
 
 
 def _read(path: Path) -> tuple[tuple[np.ndarray, np.ndarray | None], Mapping[str, str]]:
+    check_name(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, name a latents file in it.")
     if not path.exists():

@@ -304,11 +304,11 @@ def load(path: str | os.PathLike, *, dtype: Any = None) -> Preview:
     `ImportError` for a `.pth` without torch.
     """
     path = Path(path)
+    check_regular(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, name {_PUBLISHED}.")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}: download {_PUBLISHED}.")
-    check_regular(path)
     tensors = _read(path)
     skeleton = eqx.filter_eval_shape(Preview, key=jax.random.key(0))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(skeleton)

@@ -355,8 +355,10 @@ def test_saving_over_a_dangling_link(below, folder, tmp_path):
 
 def test_below_a_file(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file"):
-        save_pretrained(from_pretrained(folder), tmp_path / "file" / "ours")
+    for below in ("ours", "a/ours"):
+        match = rf"^cannot write \S+file/{below}: \S+file is a file, name a directory\.$"
+        with pytest.raises(NotADirectoryError, match=match):
+            save_pretrained(from_pretrained(folder), tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == ""
 
 

@@ -91,3 +91,10 @@ def test_frame_counts_are_those_of_the_batches(frames, blocks, ratio):
     assert config.latent_frames(frames) == sum(map(pooled, batches))
     if frames % 8 == 1 and ratio <= 4:
         assert config.sample_frames(config.latent_frames(frames)) == frames
+
+
+def test_frame_counts_of_another_first_batch():
+    """By CogVideoX-Fun's rule, 4 (t - 1) + 1; behind the first batch each latent gives four."""
+    config = cv.Config()
+    assert [config.sample_frames(t, 1) for t in (1, 2, 3, 22)] == [1, 5, 9, 85]
+    assert [config.sample_frames(t, 4) for t in (3, 4, 5)] == [9, 16, 20]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from .._autoencoder import VAE
+from .._checks import warn
 from .._config import Config, read_fields
-from .._files import check_regular, staged
+from .._files import check_name, check_regular, staged
+from .._quantised import is_quantised
 from .files import CONFIG, INDEX, PICKLES, SHARD, WEIGHTS, find, read_json
 from .fingerprints import departures, is_array, skeleton
 from .names import file_names, from_stored, named, own_tensors, tensor_names, to_stored
@@ -93,7 +94,7 @@ def from_pretrained(
     )
     found, ignored = _read_config(files.config) if files.config else _given_config(config)
     if ignored:
-        warnings.warn(ignored, stacklevel=2)
+        warn(ignored)
     tensors: dict[str, Stored] = {}
     for path in files.weights:
         _, shard = read_safetensors(path, _PICKLED)
@@ -128,6 +129,7 @@ def from_original(
     `IsADirectoryError`.
     """
     path = Path(path)
+    check_regular(path)
     if path.is_dir():
         raise IsADirectoryError(
             f"{path} is a directory: name the file in it, such as 3d-vae.pt, or use "
@@ -135,10 +137,9 @@ def from_original(
         )
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}: give a 3d-vae.pt.")
-    check_regular(path)
     found, ignored = (Config(), "") if config is None else _given_config(config)
     if ignored:
-        warnings.warn(ignored, stacklevel=2)
+        warn(ignored)
     tensors = own_tensors(_original_tensors(path))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Stored):
@@ -163,8 +164,8 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
     - `path`: the directory; missing parents are created.
 
     **Raises:** `ValueError` for a model that is not whole, or that computes something else than
-    its config says, such as one that pads by replication; `OSError` if the files cannot be
-    written.
+    its config says, such as one that pads by replication, and for one from `quantised`; `OSError`
+    if the files cannot be written.
     """
     tensors = stored_tensors(vae)
     fields = {"_class_name": "AutoencoderKLCogVideoX", "_diffusers_version": _DIFFUSERS_VERSION}
@@ -297,6 +298,7 @@ def _given_config(config: Config | str | os.PathLike | None) -> tuple[Config, st
             f"got a {type(config).__name__}."
         )
     path = Path(config).expanduser()
+    check_name(path)
     # A preset's name is the preset even beside a folder of this name, as "tiny" is the weights.
     if isinstance(config, str) and (path.name == config or not path.exists()):
         try:
@@ -327,6 +329,11 @@ def stored_tensors(vae: VAE) -> dict[str, Stored]:
 
     **Raises:** `ValueError` for a model that is not whole, or not as its config says.
     """
+    if is_quantised(vae):
+        raise ValueError(
+            "cannot save a model whose weights are held in 8 bits, as diffusers' files have no "
+            "scales: save `cv.dequantised(vae)`, or use `eqx.tree_serialise_leaves`."
+        )
     due = named(skeleton(vae.config))
     leaves = {
         name: leaf

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._files import check_regular
+from .._files import check_name, check_regular
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -162,6 +162,7 @@ def _source(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> Path | _Dir
             )
         return _Directory(path)
     path = Path(name_or_path).expanduser()
+    check_name(path)
     if path.is_dir():
         return _Directory(path)
     if path.is_file() and path.suffix in PICKLES:

@@ -46,7 +46,7 @@ class Sharded(Transform):
         self._check(args, "")
         cut = any(among > 1 for name, (_, among) in self._cuts().items() if name != "batch")
         with split(split.value or cut):
-            explicit = explicit_mesh((self, args))
+            explicit = explicit_mesh((args, self))
             if explicit is None:
                 return self._called(args)
             called = lambda self, args: self._called(args)  # noqa: E731

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from .._frames import frame_batches
+from .._pixels import quantised
 from .._types import Cache, at_least_float32
-from .base import Step, check_batch_size, continued, cut, jitted_step
+from .base import Step, check_batch_size, continued, cut, jitted_step, own_message
 from .interruption import Interruption
 from .progress import progress_bar
 
@@ -218,11 +219,9 @@ def streamed(
 
 def _told(error: Exception) -> tuple[type[Exception], str]:
     """Returns the kind of an error, and what it says, in one line."""
+    if (own := own_message(error)) is not None:
+        return RuntimeError, own
     reason = " ".join(str(error).split())
-    # What `eqx.error_if` says stands between a traceback and advice.
-    _, within, own = reason.partition("EquinoxRuntimeError: ")
-    if within:
-        return RuntimeError, own.partition(" -----")[0]
     return (ValueError if isinstance(error, ValueError) else RuntimeError), reason
 
 
@@ -250,8 +249,7 @@ class AsUint8(eqx.Module):
         self, x: Float[Array, "b t h w c"], cache: Cache = None
     ) -> tuple[UInt8[Array, "b t2 h2 w2 c2"], Cache]:
         frames, cache = self.step(x, cache)
-        levels = (jnp.clip(at_least_float32(frames), -1, 1) + 1) * 127.5
-        return jnp.rint(levels).astype(jnp.uint8), cache
+        return quantised(at_least_float32(frames)), cache
 
 
 def as_uint8(step: Step) -> AsUint8:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,11 @@ from typing import Any, TypeAlias
 
 from .. import video
 from .._autoencoder import VAE
+from .._checks import warn
+from .._files import check_folder
+from .._frames import LATENT_BATCH
 from .._latents import check_layout, exact_fingerprint, fingerprint
+from .._transforms.base import check_batch_size
 from ._decode import RESERVED, Decoder
 from ._encode import Encoder
 from ._lock import held
@@ -178,6 +181,7 @@ def decode(
     *,
     fps: float | int | None = None,
     layout: str | None = None,
+    first: int | None = None,
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
     progress: Watch | None = None,
@@ -197,6 +201,7 @@ def decode(
     - `destination`: a folder, created if it is not there.
     - `fps`: frames per second of the videos; None is the rate in the file, or 8.
     - `layout`: the layout of latents whose file does not say, `"BTHWC"` or `"BCTHW"`.
+    - `first`: number of latents in the first batch, as in `framewise`; CogVideoX-Fun takes 1.
     - `shard`, `progress`: as for `encode`.
     - `threads`: number of files at a time: one is compressed while another decodes.
 
@@ -207,12 +212,13 @@ def decode(
     if layout is not None:
         check_layout(layout)
     _check_counts(threads=threads)
+    check_batch_size(LATENT_BATCH, first)
     if fps is not None:
         video.check_rate(fps)
     video.check_installed()
     items = shard_of(find(Path(source), LATENTS), shard)
     root = _folder(destination)
-    decoder = Decoder(vae, root, exact_fingerprint(vae), fps, layout, threads)
+    decoder = Decoder(vae, root, exact_fingerprint(vae), fps, layout, threads, first)
     suffix = suffix_of(shard)
     with held(root, suffix):
         gathered, seconds = _gathered(decoder(items), len(items), progress)
@@ -244,8 +250,7 @@ def _check_counts(**counts: int) -> None:
 
 def _folder(destination: str | os.PathLike) -> Path:
     root = Path(destination)
-    if root.exists() and not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file: name a folder for the results.")
+    check_folder(root)
     root.mkdir(parents=True, exist_ok=True)
     return root
 
@@ -288,26 +293,20 @@ def _telling_of_slow(results: Iterable[Result], fps: float | int | None) -> Iter
     count = 0
     for result in results:
         if result.slow is not None and not count:
-            warnings.warn(
+            warn(
                 f"{result.source} has {result.slow:g} frames a second, fewer than the {fps:g} that "
-                "were asked for: frames are repeated. Leave `fps` out to take each as it is.",
-                stacklevel=2,
+                "were asked for: frames are repeated. Leave `fps` out to take each as it is."
             )
         count += result.slow is not None
         yield result
     if count > 1:
-        warnings.warn(
-            f"{count} videos have fewer than {fps:g} frames a second: some were repeated.",
-            stacklevel=2,
-        )
+        warn(f"{count} videos have fewer than {fps:g} frames a second: some were repeated.")
 
 
 def _warn_of_others(clips: list[dict[str, Any]], mine: str) -> None:
     others = Counter(c["encoded_by"] for c in clips if c["encoded_by"] not in (None, mine))
     for other, count in sorted(others.items()):
-        warnings.warn(
-            f"{count} latents were encoded by model {other}, and decoded by {mine}.", stacklevel=3
-        )
+        warn(f"{count} latents were encoded by model {other}, and decoded by {mine}.")
 
 
 __all__ = ["Progress", "Settings", "Summary", "decode", "encode"]

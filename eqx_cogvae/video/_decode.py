@@ -48,11 +48,11 @@ def opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
     `ValueError` for a file without video. FFmpeg's errors inside the block become `ValueError`.
     """
     av = pyav()
+    check_regular(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no video at {path}.")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a directory, name a video in it.")
-    check_regular(path)
     try:
         with av.open(local_name(path), options=_READABLE, **_lenient(av)) as container:
             covers = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails

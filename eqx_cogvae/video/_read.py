@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from .._checks import warn
 from .._pixels import from_pixels
 from ._av import LONGEST_SIDE, check_rate, pyav
 from ._decode import Corrupt, complete, decoded, opened, truncation
@@ -187,12 +187,15 @@ def _check_range(
         if there < start + (frames or 1):
             if corrupt == "raise" and complete(path, stream) < len(stream.index_entries):
                 raise truncation(path, stream, complete(path, stream))
-            raise _too_few(path, there, start, frames)
+            raise _too_few(path, there, start, frames, fps)
 
 
-def _too_few(path: str | os.PathLike, there: int, start: int, frames: int | None) -> ValueError:
+def _too_few(
+    path: str | os.PathLike, there: int, start: int, frames: int | None, fps: float | int | None
+) -> ValueError:
     asked = f"frames {start} to {start + frames - 1}" if frames else f"frame {start} and later"
-    return ValueError(f"{path} holds {there} frames, asked for {asked}: ask for fewer.")
+    rate = "" if fps is None else f" at {fps:g} frames a second"
+    return ValueError(f"{path} holds {there} frames{rate}, asked for {asked}: ask for fewer.")
 
 
 def _shown(
@@ -229,16 +232,15 @@ def _shown(
                 )
             yield resized(pixels, square_size(path, height, width, aspect))
     if there <= start or (frames and there < start + frames):
-        raise _too_few(path, there, start, frames)
+        raise _too_few(path, there, start, frames, fps)
 
 
 def _warn_of_hdr(path: str | os.PathLike, frame: Any) -> bool:
     """Warns of a frame that is HDR; returns True if it is."""
     if is_hdr(frame):
-        warnings.warn(
+        warn(
             f"{path} is HDR ({NAMES[frame.color_trc]}) and is tone-mapped: white of 203 cd/m2 "
             "becomes 1, brighter light is clipped. Grade it to SDR beforehand to keep highlights.",
-            stacklevel=3,
         )
         return True
     return False
