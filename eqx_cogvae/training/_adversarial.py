@@ -90,7 +90,17 @@ class Adversarial(eqx.Module):
         """Returns a sum to differentiate by the VAE and by the discriminator, and the metrics.
 
         One addend, `loss` among the metrics, is differentiated by the VAE's weights alone, the
-        other by the discriminator's. `loss` has a method `with_decoded`, as `ClipLoss` has.
+        other by the discriminator's.
+
+        **Arguments:**
+
+        - `loss`: has a method `with_decoded`, as `ClipLoss` has.
+        - `vae`, `discriminator`: the models.
+        - `clips`: `(b, t, h, w, c)` in [-1, 1].
+        - `key`: a `jax.random.key`, to draw latents with.
+        - `step`: number of steps taken so far.
+
+        **Returns:** the sum, a scalar, and the metrics by their names.
         """
         last, rest = eqx.partition(vae, _last_layer(vae))
 
@@ -116,7 +126,16 @@ class Adversarial(eqx.Module):
     def update(
         self, discriminator: PyTree, optimiser: PyTree, grads: PyTree, step: Int[Array, ""]
     ) -> tuple[PyTree, PyTree]:
-        """Returns the discriminator and its optimiser's state after a step, or the same ones."""
+        """Takes a step of the discriminator, or none before `start`.
+
+        **Arguments:**
+
+        - `discriminator`, `optimiser`: the model and the state of its optimiser.
+        - `grads`: gradients by the discriminator's weights.
+        - `step`: number of steps taken so far.
+
+        **Returns:** both after the step.
+        """
         weights = eqx.filter(discriminator, eqx.is_inexact_array)
         updates, after = self.optimiser.update(grads, optimiser, weights)
         moved = eqx.apply_updates(discriminator, updates), after
