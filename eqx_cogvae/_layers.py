@@ -1,4 +1,8 @@
-"""The layers: from an array and what is cached of its past, to an array and the new cache."""
+"""Defines the layers: convolutions, norms and resampling.
+
+A layer that sees earlier frames takes an array and a cache, and returns an array and the next
+cache.
+"""
 
 import functools
 import math
@@ -17,6 +21,8 @@ from ._lowering import (
     causal_conv,
     frame_by_frame,
     frame_conv,
+    nearest,
+    offers,
     pointwise_conv,
     repeat_frames,
     valid_conv,
@@ -29,9 +35,9 @@ _DRAWN_AT_ONCE = 2**16
 
 
 class Conv(eqx.Module):
-    """A convolution's kernel, `(*sizes, in, out)`, and bias, `(out,)`.
+    """Holds a convolution's kernel, `(*sizes, in, out)`, and bias, `(out,)`.
 
-    Initialised as torch initialises its own. Called, it is a pointwise convolution.
+    They are initialised as torch does it. A kernel of size 1x1x1 can be called.
     """
 
     weight: Float[Array, "*sizes i o"]
@@ -48,6 +54,11 @@ class Conv(eqx.Module):
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
         """Multiplies the channels of each pixel by a kernel of size 1x1x1."""
+        if self.weight.shape[:-2] != (1, 1, 1):
+            raise ValueError(
+                f"a kernel (kt, kh, kw, in, out) of {self.weight.shape} is not pointwise: "
+                "hold it in a `CausalConv3d`."
+            )
         return pointwise_conv(x, self.weight, self.bias)
 
     def taps(self) -> Taps:
@@ -63,7 +74,7 @@ def _draw(key: Key, i: Int[Array, ""] | int, bound: Float[Array, ""] | float, dt
 def _uniform(key: Key, shape: tuple[int, ...], bound: float, dtype) -> Array:
     """Draws numbers between `-bound` and `bound`, in parts of one size.
 
-    The parts share one program: compiling one for each shape takes five times as long as drawing.
+    All parts share one compiled program: compiling one for each shape takes longer than drawing.
     """
     count = math.prod(shape)
     parts = range(-(-count // _DRAWN_AT_ONCE))
@@ -77,9 +88,8 @@ def _uniform(key: Key, shape: tuple[int, ...], bound: float, dtype) -> Array:
 class CausalConv3d(eqx.Module):
     """A 3D convolution that sees no later frame.
 
-    With `pad_mode="replicate"` time (in front) and space are padded by replication and nothing
-    is cached; in any other mode time is padded by the cache, or by copies of the first frame,
-    and space by zeros.
+    Time is padded in front by the cache, or by copies of the first frame, and space by zeros. With
+    `pad_mode="replicate"` both are padded by replication, and nothing is cached.
     """
 
     conv: Conv
@@ -101,7 +111,7 @@ class CausalConv3d(eqx.Module):
     def __call__(
         self, x: Float[Array, "b t h w i"], cache: Float[Array, "b k h w i"] | None = None
     ) -> tuple[Float[Array, "b t h w o"], Float[Array, "b k h w i"] | None]:
-        kernel, bias = self.conv.weight, self.conv.bias
+        kernel, bias = self.conv.taps()
         if kernel.shape[:3] == (1, 1, 1):
             return pointwise_conv(x, kernel, bias), None
         if self.pad_mode != "replicate":
@@ -117,7 +127,10 @@ class CausalConv3d(eqx.Module):
 
 
 class GroupNorm(eqx.Module):
-    """Normalises groups of channels over all frames of the batch, moments in float32."""
+    """Normalises groups of channels of each clip over all pixels of a frame batch.
+
+    Moments are computed in at least float32.
+    """
 
     weight: Float[Array, " c"]
     bias: Float[Array, " c"]
@@ -144,36 +157,39 @@ class GroupNorm(eqx.Module):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _moments(x: Array, groups: int) -> tuple[Array, Array]:
-    """Mean and variance of each group of channels, over all frames and pixels."""
+    """Returns mean and variance of each channel's group, over all frames and pixels."""
     mean = _mean(x, groups)
     return mean, _mean(jnp.square(x - mean), groups)
 
 
 @_moments.defjvp
 def _moments_jvp(groups, primals, tangents):
-    # As the mean changes the variance about it does not: JAX would sum to find that out.
-    (x,), (by_x,) = primals, tangents
+    # The variance's derivative with respect to the mean is zero. JAX's own rule would sum over all
+    # pixels to find that.
+    (x,), (x_tangent,) = primals, tangents
     mean, variance = _moments(x, groups)
-    return (mean, variance), (_mean(by_x, groups), 2 * _mean((x - mean) * by_x, groups))
+    return (mean, variance), (_mean(x_tangent, groups), 2 * _mean((x - mean) * x_tangent, groups))
 
 
 def _mean(x: Array, groups: int) -> Array:
     """Returns the mean of each channel's group, over all frames and pixels."""
-    # Row by row first: millions of float32 in one sum would lose digits, and take twice the
-    # time. Groups last: to split the channels of large arrays is to copy them.
+    # Rows are averaged first: one float32 sum over millions of pixels loses digits and takes twice
+    # as long. Groups are formed last: splitting the channels of a large array copies it.
     by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))
     by_group = jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2)
-    # By a sum, not repeated: some compilers would look the group up for every pixel.
-    member = np.repeat(np.eye(groups, dtype=bool), x.shape[4] // groups, axis=1)
-    mean = jnp.sum(jnp.where(member[None], by_group[:, :, None], 0), axis=1)
+    # A masked sum gives each channel its group's mean. XLA for TPUs would fuse `jnp.repeat` into
+    # the reader as a gather for every pixel.
+    mask = np.repeat(np.eye(groups, dtype=bool), x.shape[4] // groups, axis=1)
+    mean = jnp.sum(jnp.where(mask[None], by_group[:, :, None], 0), axis=1)
     return mean[:, None, None, None]
 
 
 class SpatialNorm(eqx.Module):
-    """A group norm whose scale and shift are read off the latents, nearest neighbour.
+    """Applies a group norm, then a scale and a shift that are computed from the latents.
 
-    From MoVQ (Zheng et al. 2022, https://arxiv.org/abs/2209.09002). A 1x1x1 convolution
-    commutes with nearest resizing, so both run at latent resolution.
+    Scale and shift are resized by nearest neighbour. This commutes with 1x1x1 convolutions, which
+    therefore run at latent resolution. From MoVQ (Zheng et al. 2022,
+    https://arxiv.org/abs/2209.09002).
     """
 
     norm_layer: GroupNorm
@@ -189,25 +205,34 @@ class SpatialNorm(eqx.Module):
     def __call__(
         self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]
     ) -> Float[Array, "b t h w c"]:
-        return self.affine(x, latents)(x).astype(x.dtype)
+        if offers(self.norm_layer, "affine"):
+            return self.affine(x, latents)(x).astype(x.dtype)
+        scale, shift = (nearest(s, x.shape[1:4]) for s in self._modulation(latents))
+        return (at_least_float32(self.norm_layer(x)) * scale + shift).astype(x.dtype)
 
     @named_scope("eqx_cogvae.SpatialNorm")
     def affine(self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t2 h2 w2 z"]) -> Affine:
         """Computes the affine map that normalises `x`, at the resolution of the latents."""
         mean, gain, bias = self.norm_layer.affine(x)
-        # The barrier keeps them in the dtype of the latents until they are used. A compiler would
-        # else leave out that rounding, and hold those of all norms in float32 from the start.
-        read_off = jax.lax.optimization_barrier((self.conv_y(latents)[0], self.conv_b(latents)[0]))
-        scale, shift = map(at_least_float32, read_off)
-        if gain.shape[1] > 1:  # A norm of one's own may have moments for each frame.
+        scale, shift = self._modulation(latents)
+        if gain.shape[1] > 1:  # A user's norm may return moments for each frame.
             scale, shift = (repeat_frames(s, gain.shape[1]) for s in (scale, shift))
         return Affine(mean, gain * scale, bias * scale + shift)
 
+    def _modulation(self, latents: Array) -> tuple[Array, Array]:
+        """Returns scale and shift at the resolution of the latents."""
+        # The barrier keeps them in the dtype of the latents until they are used. Otherwise XLA
+        # removes the rounding, and holds those of all norms in float32 from the start.
+        scale, shift = self.conv_y(latents)[0], self.conv_b(latents)[0]
+        scale, shift = jax.lax.optimization_barrier((scale, shift))
+        return at_least_float32(scale), at_least_float32(shift)
+
 
 class Downsample(eqx.Module):
-    """Halves height and width by a strided convolution, and the frames too by averaging pairs.
+    """Halves height and width by a strided convolution.
 
-    Of an odd number of frames the first is kept as it is.
+    With `compress_time` it first averages pairs of frames. If their number is odd, the first frame
+    has no partner and is not averaged.
     """
 
     conv: Conv
@@ -228,10 +253,10 @@ class Downsample(eqx.Module):
 
 
 class Upsample(eqx.Module):
-    """Doubles height and width, and the frames too, by repeating; then convolves every frame.
+    """Doubles height and width by nearest neighbour, then convolves each frame.
 
-    Of an odd number of frames the first is not doubled in time, unless they are `continued`: no
-    clip begins with them.
+    With `compress_time` it then repeats each frame. If their number is odd, the first frame is not
+    repeated, unless `continued=True` says that the batch does not start a clip.
     """
 
     conv: Conv
@@ -245,7 +270,7 @@ class Upsample(eqx.Module):
     def __call__(
         self, x: Float[Array, "b t h w c"], *, continued: bool = False
     ) -> Float[Array, "b t2 2*h 2*w c"]:
-        # The convolution sees one frame at a time, so the copies are made after it.
+        # Repeating frames commutes with a 2D convolution, so the copies are made afterwards.
         geometry = Geometry(doubles=True)
         x = frame_by_frame(lambda x: frame_conv(x, *self.conv.taps(), geometry), x)
         if not self.compress_time:

@@ -1,18 +1,20 @@
-"""Arrays that lie on the devices of a mesh.
+"""Runs functions of video on arrays that are sharded over a mesh.
 
-`jax.make_mesh` makes explicit axes by default: the type of an array then says how it is sharded,
-and every operation has to say how its result is. The model leaves that to XLA, as automatic axes
-do. So functions of video run on automatic axes inside, and give their results the sharding of
-their video.
+`jax.make_mesh` makes explicit axes by default. The type of an array on them includes its sharding,
+and some operations need to be told the sharding of their result. The model runs on automatic axes
+instead, where XLA chooses shardings, and its results get the sharding of the video.
 """
 
 import contextlib
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
@@ -23,23 +25,28 @@ _F = TypeVar("_F", bound=Callable)
 _VIDEO_RANK = 5  # (b, t, h, w, c)
 
 split = jax.make_user_context(False)
-"""True while tracing a function whose height or width is split over devices. Part of JAX's cache
-key."""
+"""True while tracing a function whose height or width is split over devices.
+
+`sharded` sets it, and arrays on explicit axes do. A placement on automatic axes is not noticed. It
+is part of JAX's cache key.
+"""
 
 
 def on_automatic_axes(method: _F) -> _F:
     """Decorates a method of video, or of its latents, to take arrays on explicit axes.
 
-    Results of five axes are sharded over batch, height and width as the first argument of five
-    axes is; any others are on all devices.
+    Results of rank 5 are sharded over batch, height and width as the method's first argument is.
+    All other results are replicated.
     """
+    first = list(inspect.signature(method).parameters)[1]
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **options: Any) -> Any:
-        mesh = explicit_mesh((self, args, options))
+        video_first = (args or options.get(first), args, options, self)
+        mesh = explicit_mesh(video_first)
         if mesh is None:
             return method(self, *args, **options)
-        spec = video_spec((args, options))
+        spec = video_spec(video_first)
         call = lambda self, args, options: method(self, *args, **options)  # noqa: E731
         return automatically(call, (self, args, options), mesh, spec)
 
@@ -47,13 +54,13 @@ def on_automatic_axes(method: _F) -> _F:
 
 
 def explicit_mesh(tree: PyTree) -> Any:
-    """Returns the mesh that the types of arrays name explicit axes of, or None."""
+    """Returns the mesh with explicit axes that an array names first, or the context, or None."""
     meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree) if eqx.is_array(x)]
     return next((m for m in (*meshes, jax.sharding.get_abstract_mesh()) if _is_explicit(m)), None)
 
 
 def video_spec(tree: PyTree) -> PartitionSpec:
-    """Returns how batch, height and width of the first array of five axes are sharded."""
+    """Returns how batch, height and width of the first array of rank 5 are sharded."""
     for x in jax.tree.leaves(tree):
         if eqx.is_array(x) and x.ndim == _VIDEO_RANK:
             batch, _, height, width, _ = jax.typeof(x).sharding.spec
@@ -63,11 +70,11 @@ def video_spec(tree: PyTree) -> PartitionSpec:
 
 def automatically(fn: Callable, args: tuple, mesh: Any, spec: PartitionSpec) -> Any:
     """Calls `fn(*args)` with every axis of `mesh` automatic, and shards what it returns."""
-    rows = any(spec[dim] is not None for dim in (2, 3))
-    with split(split.value or rows):
-        if is_traced(args):
+    with split(split.value or _devices(mesh, spec[2]) * _devices(mesh, spec[3]) > 1):
+        # Arrays that a traced function closes over are concrete; what is made while tracing is not.
+        if is_traced((args, jnp.zeros(()))):
             return _traced(fn, args, mesh, spec)
-        return _eager(fn, args, spec)
+        return _eager(fn, args, mesh, spec)
 
 
 def _traced(fn: Callable, args: tuple, mesh: Any, spec: PartitionSpec) -> Any:
@@ -80,12 +87,13 @@ def _traced(fn: Callable, args: tuple, mesh: Any, spec: PartitionSpec) -> Any:
     return jax.sharding.auto_axes(run, out_sharding=shardings)(arrays)
 
 
-def _eager(fn: Callable, args: tuple, spec: PartitionSpec) -> Any:
-    # The same devices hold the same parts: only the type of the mesh's axes changes.
+def _eager(fn: Callable, args: tuple, named: Any, spec: PartitionSpec) -> Any:
+    # Every device keeps its part; only the type of the mesh's axes changes.
     arrays, static = eqx.partition(args, eqx.is_array)
     placed = [x.sharding for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
-    meshes = (s.mesh for s in placed if isinstance(s, NamedSharding))
-    mesh = next((m for m in meshes if isinstance(m, Mesh)), None)
+    meshes = [s.mesh for s in placed if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)]
+    # Weights may lie on another mesh than the video, whose mesh the results are for.
+    mesh = next((m for m in meshes if named in (m, m.abstract_mesh)), next(iter(meshes), None))
     arrays = jax.tree.map(_made_automatic, arrays)
     context = contextlib.nullcontext() if mesh is None else jax.set_mesh(automatic(mesh))
     with context:
@@ -113,17 +121,20 @@ def _sharding(mesh: Any, spec: PartitionSpec, shape: tuple[Any, ...]) -> NamedSh
     if len(shape) != _VIDEO_RANK:
         return NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
     for dim, name in ((0, "batch"), (2, "height"), (3, "width")):
-        axes = spec[dim]
-        axes = () if axes is None else (axes if isinstance(axes, tuple) else (axes,))
-        count = 1
-        for axis in axes:
-            count *= mesh.shape[axis]
+        count = _devices(mesh, spec[dim])
         if shape[dim] % count:
             raise ValueError(
                 f"the result's {name} of {shape[dim]} does not divide among the {count} devices "
-                f"that the argument's is sharded over: give a {name} whose result does, or fewer."
+                f"that the argument's {name} is sharded over: shard over fewer devices, or give "
+                f"a {name} whose result divides."
             )
     return NamedSharding(mesh, spec)
+
+
+def _devices(mesh: Any, axes: Any) -> int:
+    """Returns the number of devices that an entry of a `PartitionSpec` shards an axis over."""
+    names = () if axes is None else (axes if isinstance(axes, tuple) else (axes,))
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _is_explicit(mesh: Any) -> bool:
@@ -131,13 +142,13 @@ def _is_explicit(mesh: Any) -> bool:
 
 
 def varying_axes(x: Any) -> frozenset:
-    """Returns the axes of a `jax.shard_map` over which `x` differs from device to device."""
+    """Returns the axes of a `jax.shard_map` over which `x` varies."""
     kind = getattr(jax.typeof(x), "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying
 
 
 def varying_as(*arrays: Array) -> tuple[Array, ...]:
-    """Returns the arrays as ones that vary over all the axes that any of them varies over."""
+    """Casts the arrays to vary over the union of their axes in a `jax.shard_map`."""
     own = [varying_axes(x) for x in arrays]
     together = frozenset().union(*own)
     return tuple(
@@ -147,7 +158,7 @@ def varying_as(*arrays: Array) -> tuple[Array, ...]:
 
 
 def without_varying(aval: Any) -> Any:
-    """Returns the type of an array on a single device of a `jax.shard_map`."""
+    """Returns the type without the axes that it varies over in a `jax.shard_map`."""
     kind = getattr(aval, "manual_axis_type", None)
     return aval if kind is None else aval.update(manual_axis_type=type(kind)())
 

@@ -1,4 +1,4 @@
-"""The residual block: a norm, an activation and a convolution, twice, beside a shortcut."""
+"""Defines the residual block: norm, activation, convolution, twice, beside a shortcut."""
 
 from collections.abc import Callable
 
@@ -27,9 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class ResnetBlock(eqx.Module):
-    """Norm, activation, convolution, twice, beside a shortcut.
+    """Applies norm, activation and convolution twice, and adds a shortcut.
 
-    Normalises by `SpatialNorm` when `latents` gives their channel count, else by `GroupNorm`.
+    The norms are `SpatialNorm`s if `latents` gives the latents' channels, else `GroupNorm`s.
     """
 
     norm1: GroupNorm | SpatialNorm

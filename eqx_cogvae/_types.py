@@ -15,7 +15,7 @@ Cache: TypeAlias = Any
 
 
 class ResnetCache(NamedTuple):
-    """The last frames that the two causal convolutions of a resnet block saw."""
+    """Holds the last frames that the two causal convolutions of a resnet block saw."""
 
     conv1: Any = None
     conv2: Any = None
@@ -68,7 +68,7 @@ UNHASHABLE = (
 
 
 def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x` in the dtype for sums over many of its elements: float32, or float64 as it is."""
+    """Casts `x` to float32, the dtype for sums over many elements; float64 stays."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 

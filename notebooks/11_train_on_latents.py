@@ -168,8 +168,12 @@ factored = np.asarray(vae.scale_latents(latents))
 axes = (0, 1, 2, 3)
 means, stds = factored.mean(axes), factored.std(axes)
 constant = means.var() / factored.var()
-print(f"after the factor the latents have a standard deviation of {factored.std():.2f};")
-print(f"{constant:.0%} of their variance is between the channels' means, and so constant")
+print(
+    f"after the factor the latents have a standard deviation of {factored.std():.2f};"
+)
+print(
+    f"{constant:.0%} of their variance is between the channels' means, and so constant"
+)
 
 # %% [markdown]
 # `latents_mean` and `latents_std` in the config are the numbers of each channel, measured on our

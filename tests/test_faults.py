@@ -217,7 +217,7 @@ for kind, write in WRITES.items():
         else:
             assert loaded.shape == clips[0].shape
         outcomes[kind] = outcomes.get(kind, 0) + 1
-print(outcomes)
+print(outcomes, flush=True)
 os._exit(0)
 """
 

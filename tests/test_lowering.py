@@ -227,7 +227,7 @@ def test_called_outside_of_a_program_it_is_compiled():
 
 def test_two_dtypes_are_refused():
     x, kernel = jnp.zeros((1, 3, 4, 4, 2)), jnp.zeros((3, 3, 3, 2, 2), jnp.bfloat16)
-    with pytest.raises(TypeError, match="needs one dtype, got frames of float32 and a kernel of"):
+    with pytest.raises(TypeError, match="of one dtype, got float32, bfloat16, bfloat16"):
         lowering.valid_conv(x, kernel, jnp.zeros(2, jnp.bfloat16), SAME)
 
 
@@ -282,7 +282,8 @@ def test_winograd_where_it_pays(frames, size, channels, name):
     assert choose.lowering(SAME, x, kernel, "cpu", Hints(split=True)) == "taps"
 
 
-BAND = Geometry(pads=((0, 0), (1, 1)))
+BAND = Geometry(pads=((0, 0), (1, 1)), band=True)
+UNPADDED = Geometry(pads=((0, 0), (0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +299,7 @@ BAND = Geometry(pads=((0, 0), (1, 1)))
         ("tpu", SAME, (1, 10, 480, 720, 128), (3, 3, 3), "channels"),
         ("tpu", SAME, (1, 3, 480, 720, 128), (3, 3, 3), "sequential"),
         ("tpu", BAND, (1, 10, 22, 720, 128), (3, 3, 3), "summed"),
+        ("tpu", UNPADDED, (1, 4, 62, 92, 512), (3, 3, 3), "products"),
         ("another", BAND, (1, 10, 22, 720, 128), (3, 3, 3), "summed"),
     ],
 )

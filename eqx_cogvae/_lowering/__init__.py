@@ -3,14 +3,14 @@
 - `conv`: convolutions as JAX primitives; `frames`, `tpu`, `cpu`, `winograd`: their lowerings.
 - `choose`: which lowering, and which chunks, for which sizes.
 - `affine`: the map that a norm applies.
-- `chunked`, `blocks`: a norm, an activation and a convolution on one part of a large array after
-  another.
+- `chunked`, `blocks`: a norm, an activation and a convolution on large arrays, chunk by chunk.
 """
 
-from .affine import Affine as Affine, repeat_frames as repeat_frames
+from .affine import Affine as Affine, nearest as nearest, repeat_frames as repeat_frames
 from .blocks import (
     normalised as normalised,
     normed_conv as normed_conv,
+    offers as offers,
     residual_block as residual_block,
     scheduled as scheduled,
 )

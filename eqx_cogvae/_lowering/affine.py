@@ -1,4 +1,4 @@
-"""The map that a norm applies to each pixel, and nearest neighbours."""
+"""Defines the affine map that a norm applies, and resizing by nearest neighbour."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ class Affine(NamedTuple):
     """The map `x -> (x - mean) * scale + shift`, which normalises `x`.
 
     `scale` and `shift` may be of lower resolution than `x`: each pixel takes its nearest
-    neighbour, as `nearest` has it. The mean is that of the whole batch, or of each frame.
+    neighbour, as `nearest` does. Each clip and channel has one mean, or one for each frame.
     """
 
     mean: Float[Array, "b _t 1 1 c"]
@@ -52,7 +52,7 @@ class Affine(NamedTuple):
     def in_cells(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         """Returns what a call does, without enlarging `scale` and `shift`.
 
-        The pixels of a cell, which share a neighbour, become axes of their own.
+        `x` is reshaped into cells of pixels that share a scale and a shift.
         """
         x = at_least_float32(x) - self.mean
         scale, shift = (repeat_frames(s, x.shape[1]) for s in (self.scale, self.shift))
@@ -75,30 +75,31 @@ def _applied(affine: Affine, x: Array) -> Array:
 
 @_applied.defjvp
 def _applied_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (affine, x), (by_affine, by_x) = primals, tangents
-    offset, change = by_affine.shift, at_least_float32(by_x)
+    (affine, x), (affine_tangent, x_tangent) = primals, tangents
+    offset, change = affine_tangent.shift, at_least_float32(x_tangent)
     if affine.mean.shape[1] == 1:
-        # The change of the mean joins that of the shift at low resolution, so that the transpose
-        # sums over the pixels twice. JAX's own derivative sums once for every broadcast.
-        offset = offset - by_affine.mean * affine.scale
+        # The mean's tangent joins the shift's at low resolution. Transposed, that is two sums over
+        # all pixels, of which JAX's own derivative makes one more for every broadcast.
+        offset = offset - affine_tangent.mean * affine.scale
     else:
-        change = change - by_affine.mean
+        change = change - affine_tangent.mean
     scale, slope, offset = (
-        nearest(s, x.shape[1:4]) for s in (affine.scale, by_affine.scale, offset)
+        nearest(s, x.shape[1:4]) for s in (affine.scale, affine_tangent.scale, offset)
     )
     tangent = change * scale + (at_least_float32(x) - affine.mean) * slope + offset
     return _applied(affine, x), tangent
 
 
 def nearest(x: Float[Array, "b t2 h2 w2 c"], size: tuple[Any, ...]) -> Array:
-    """Resizes to `size`, frames, height and width, by nearest neighbour, or leaves it to broadcast.
+    """Resizes to `size`, frames, height and width, by nearest neighbour.
 
-    An odd number of frames above one takes its first from the first and the rest from the rest.
+    A 1x1x1 array is returned as it is, to be broadcast. If the number of frames is odd and above
+    one, the first source frame stands for the first frame alone.
     """
     if x.shape[1:4] == (1, 1, 1):
         return x
     count, height, width = size
-    # Width last: the transpose then begins with it, and shrinks the array at once.
+    # The width is enlarged last, so that the transpose begins with it and shrinks the array.
     return _repeat(_repeat(repeat_frames(x, count), height, axis=2), width, axis=3)
 
 
@@ -119,7 +120,7 @@ def _nearest_frame(i: Array, count: int, sources: int) -> Array:
 
 
 def _repeat(x: Array, size: Any, axis: int) -> Array:
-    if x.shape[axis] == 1 == size or x.shape[axis] == size:
+    if x.shape[axis] == size:
         return x
     if size % x.shape[axis] == 0:
         return jnp.repeat(x, size // x.shape[axis], axis)

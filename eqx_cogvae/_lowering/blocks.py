@@ -1,6 +1,6 @@
-"""The model's blocks on large arrays: `chunked` around what a block is made of.
+"""Runs the model's blocks on large arrays in chunks.
 
-Layers take part through two methods, and a layer without them is called as a whole:
+Layers take part through two methods, and a layer without them is called with the whole array:
 
 - a norm's `affine(x[, latents])` returns the `Affine` map that it applies to `x`;
 - a convolution's `taps()` returns the `Taps` of the causal, zero-padded convolution that it is,
@@ -22,9 +22,9 @@ _F = TypeVar("_F", bound=Callable)
 
 
 def scheduled(alternative: Callable) -> Callable[[_F], _F]:
-    """Decorates a function with an equal one that runs in its place where it applies.
+    """Decorates a function to call `alternative` first, and itself only if that returns None.
 
-    `alternative` takes the same arguments, and returns None where it does not apply.
+    Both take the same arguments, and return the same numbers.
     """
 
     def decorate(plain: _F) -> _F:
@@ -50,13 +50,13 @@ def normed_conv(
     beside: Taps | None = None,
 ) -> tuple[Array, Any] | None:
     """Runs a norm, an activation and a convolution in chunks if `x` is large, else returns None."""
-    if not choose.in_chunks(x.shape, choose.current()) or not _offers(norm, "affine"):
+    if not choose.in_chunks(x.shape, choose.current()) or not offers(norm, "affine"):
         return None
     if (taps := _taps(conv)) is None:
         return None
     own = x[..., : taps.kernel.shape[3]]
     given = (own,) if latents is None else (own, latents)
-    # The moments' derivative would keep a centred copy of `x`, in float32.
+    # The checkpoint keeps `x` alone: the moments' derivative would keep a centred float32 copy.
     affine = eqx.filter_checkpoint(lambda norm, *given: norm.affine(*given))(norm, *given)
     return chunked.in_chunks(act, Unit(affine, taps, x, cache, residual, beside))
 
@@ -66,8 +66,9 @@ def residual_block(
 ) -> tuple[Array, Any] | None:
     """Runs a resnet block in chunks if `x` is large, else returns None.
 
-    The second convolution is written over the shortcut. Where the block halves its channels, the
-    first writes its result and the shortcut side by side over `x`, for the second to add up.
+    The second convolution is added into the buffer of the shortcut. If the block halves its
+    channels, the first convolution writes its result and the shortcut into the buffer of `x`, and
+    the second adds them up.
     """
     if not choose.in_chunks(x.shape, choose.current()):
         return None
@@ -87,12 +88,12 @@ def residual_block(
 
 
 def normalised(norm: Callable, x: Array, latents: Array | None = None) -> Array:
-    """Applies a norm; one that `affine` describes is not rounded to the dtype of `x` yet.
+    """Applies a norm; the result of one with `affine` is not rounded to the dtype of `x` yet.
 
-    The activation comes first: in half precision that saves a rounding.
+    It stays in float32 for the activation, which saves a rounding in half precision.
     """
     given = (x,) if latents is None else (x, latents)
-    return norm.affine(*given)(x) if _offers(norm, "affine") else norm(*given)  # pyright: ignore
+    return norm.affine(*given)(x) if offers(norm, "affine") else norm(*given)  # pyright: ignore
 
 
 def _unit(
@@ -116,24 +117,26 @@ def _unit(
 
 
 def _fits(norm: Any, conv: Any) -> bool:
-    return _offers(norm, "affine") and _taps(conv) is not None
+    return offers(norm, "affine") and _taps(conv) is not None
 
 
 def _taps(conv: Any) -> Taps | None:
-    return conv.taps() if _offers(conv, "taps") else None
+    return conv.taps() if offers(conv, "taps") else None
 
 
-def _offers(part: Any, method: str) -> bool:
+def offers(part: Any, method: str) -> bool:
     """Returns True if `part` has a method that describes what a call of it does.
 
-    A subclass that overrides the call, and inherits the method, is not described by it.
+    A subclass that overrides `__call__` and inherits the method does not. A norm that wraps another
+    as its `norm_layer` does if both have the method.
     """
     for kind in type(part).__mro__:
         if method in vars(kind):
-            return True
+            inner = getattr(part, "norm_layer", None)
+            return inner is None or offers(inner, method)
         if "__call__" in vars(kind):
             return False
     return False
 
 
-__all__ = ["normalised", "normed_conv", "residual_block", "scheduled"]
+__all__ = ["normalised", "normed_conv", "offers", "residual_block", "scheduled"]

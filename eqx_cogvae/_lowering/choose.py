@@ -1,7 +1,7 @@
-"""Chooses how an operation runs. Nothing else in the package compares a size with a constant.
+"""Chooses the lowering and the chunks of each operation.
 
-Every answer is a pure function of shapes, the platform and `Hints`. Sizes may be symbolic, as
-they are under `jax.export`; a question that they leave open has the plain answer.
+Every choice is a pure function of shapes, the platform and `Hints`. Sizes may be symbolic, as they
+are under `jax.export`. If they leave a choice open, the plain way is taken.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """Sizes from which on another way to run an operation is faster or smaller.
+    """Sizes at which another lowering becomes faster, or needs less memory.
 
-    `benchmarks/` has the scripts that measured them; the values are those of the default model.
+    They were measured on the default configuration, by the scripts in `benchmarks/`.
     """
 
     chunk_elements: int = 2**24
@@ -35,7 +35,7 @@ class Thresholds:
     huge_frame_pixels: int = 2**16
     """Minimum pixels of a single frame for a TPU to convolve it tap by tap, which saves memory."""
     product_max_elements: int = 2**24
-    """Maximum elements of an array that a TPU convolves by products of matrices."""
+    """Maximum elements of an array that a TPU convolves by matrix products."""
     product_min_channels: int = 128
     """Minimum input channels for such products: a TPU's matrix unit has 128 columns."""
     winograd_min_channels: int = 32
@@ -58,17 +58,17 @@ class Hints:
     split: bool = False
     """True while tracing a function whose height or width is split over devices."""
     thresholds: Thresholds = Thresholds()
-    """The sizes that choices are made by; another set serves for tests and for tuning."""
+    """Sizes that decide. Tests and tuning replace them."""
     platform: str | None = None
-    """The platform whose lowerings are taken, or None for the one that is compiled for."""
+    """Platform whose lowerings are used, or None for the platform that is compiled for."""
 
 
 thresholds = jax.make_user_context(Thresholds())
-"""The sizes that functions are traced with. They are part of JAX's cache key."""
+"""Thresholds that functions are traced with. They are part of JAX's cache key."""
 
 
 as_if_on = jax.make_user_context(None)
-"""The platform whose lowerings functions are traced with, to run them on another."""
+"""Platform whose lowerings functions are traced with, so that they can run on another one."""
 
 
 def current() -> Hints:
@@ -78,13 +78,13 @@ def current() -> Hints:
 
 @contextlib.contextmanager
 def under(hints: Hints) -> Iterator[None]:
-    """Traces under hints of an earlier time: derivatives come after their context has ended."""
+    """Restores earlier hints: rules for derivatives run after their context has ended."""
     with split(hints.split), thresholds(hints.thresholds), as_if_on(hints.platform):
         yield
 
 
 class Geometry(NamedTuple):
-    """The static part of a convolution: `conv(doubled(x), kernel)`, valid in time."""
+    """The static part of a convolution, which is valid in time."""
 
     stride: int = 1
     """Step along height and width."""
@@ -92,6 +92,8 @@ class Geometry(NamedTuple):
     """Zeros around each frame."""
     doubles: bool = False
     """True if height and width are doubled first, by nearest neighbour."""
+    band: bool = False
+    """True if `x` is a band of rows that brings the rows above and below along."""
 
 
 class Spec(NamedTuple):
@@ -130,12 +132,12 @@ def lowering(
 
 def _on_tpu(geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: Hints) -> str:
     limits, (_, frames, height, width, channels) = hints.thresholds, x
-    if kernel[1] > 1 and geometry.pads[0] == (0, 0):
-        return "summed"  # a band of rows, which brings its neighbours along
+    if kernel[1] > 1 and geometry.band:
+        return "summed"
     if frames == kernel[0] and _known(x) and height * width >= limits.huge_frame_pixels:
         return "sequential"
     small = _known(x) and math.prod(x) < limits.product_max_elements
-    # XLA's partitioner would gather the rows that these products line up.
+    # The products read shifted rows. If rows are split over devices, XLA gathers whole frames.
     if small and channels >= limits.product_min_channels and not hints.split:
         return "products"
     return "channels"
@@ -145,7 +147,7 @@ def _suits_winograd(
     geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: Hints
 ) -> bool:
     """Returns True if Winograd's algorithm is faster than a sum of direct 2D convolutions."""
-    # It lines up pixels of rows and columns, for which XLA's partitioner would gather them.
+    # It reads shifted rows. If rows are split over devices, XLA gathers whole frames.
     if hints.split or not _known(x) or tuple(kernel[1:3]) != (3, 3) or geometry.stride > 1:
         return False
     (above, below), (left, right) = geometry.pads
@@ -167,14 +169,14 @@ def in_chunks(x: Sequence[Any], hints: Hints = Hints()) -> bool:
 def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     """Returns the height of the equal bands of rows that `x` is processed in, or 0 for none.
 
-    There are none where devices hold rows, which XLA's partitioner would gather, nor where frames
-    leave much of a TPU's memory empty: it lays them out in rows of eight, or of four if there are
-    no more, and nine would take the room of sixteen.
+    There are none if height is split over devices, because XLA would gather the rows. There are
+    none either if a TPU would waste more than half of the frames' memory: it pads their number to
+    a multiple of 8, or to 4. The rule is the same on every platform.
 
     **Arguments:**
 
     - `x`: the shape `(b, t, h, w, c)`.
-    - `margin`: how many rows above a band, and below it, its result depends on.
+    - `margin`: number of rows above a band, and below it, that its result depends on.
     """
     limits, frames, height = hints.thresholds, x[1], x[2]
     empty = -frames % 8 if frames > 4 else 0
@@ -187,12 +189,12 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
 
 
 def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:
-    """Returns True if frames of a loop over `x` are kept in the order of their axes in memory.
+    """Returns True if a loop over the frames of `x` pins them to row-major layout.
 
-    XLA for TPUs would else hold all frames in the layout that its convolution has one in, and copy
-    them before the loop and after it. Compiling for a layout that is not the convolution's own can
-    take minutes, but not where frames are huge. A batch may be split over devices: XLA's
-    partitioner would gather it.
+    XLA for TPUs would otherwise hold all frames in the layout of its convolution, and copy them
+    before and after the loop. Only huge frames are pinned, because pinning can make programs of
+    smaller ones compile for minutes. A batch of several clips is not pinned: it may be split over
+    devices, and XLA would gather it.
     """
     huge = _known(x) and x[2] * x[3] >= hints.thresholds.huge_frame_pixels
     return huge and x[0] == 1 and not hints.split

@@ -1,18 +1,18 @@
-"""Large arrays in chunks: a norm, an activation, a convolution, and what is added to it.
+"""Runs a norm, an activation and a convolution on large arrays in chunks.
 
-What is normalised, and what the convolution makes of it on its way, is then there for one chunk
-at a time, and the result is written over the array that it is added to. A chunk is a band of rows
-of several frames. Where devices hold rows, and where no band height divides the frame, it is one
-frame.
+Intermediates then exist for one chunk at a time, and the result overwrites the array that it is
+added to. A chunk is a band of rows of all frames. If height is split over devices, or no band
+height divides the frame, a chunk is one frame.
 
-The derivative is that of the whole, both ways: a loop's would keep the intermediates of every
-chunk.
+Derivatives are those of the unchunked function, because differentiating the loop would keep the
+intermediates of every chunk.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,10 +38,10 @@ class Taps(NamedTuple):
 class Unit(NamedTuple):
     """A norm, a convolution, the arrays that they work on, and what is added to the result.
 
-    The norm takes the first channels of `x`, as many as the kernel has; any others are added to
-    the result. Added is `residual` as well. `beside` is a pointwise convolution of `x` that is
-    appended to the result, for a later unit to add. With it the result is as wide as `x`, and
-    there is no residual.
+    The first channels of `x`, as many as the kernel takes, are normalised and convolved. The
+    remaining channels, and `residual` if it is given, are added to the result. `beside` is a
+    pointwise convolution of `x`, whose result is appended as extra channels for a later unit to
+    add. The result is then as wide as `x`, and there is no residual.
     """
 
     affine: Affine
@@ -89,11 +89,15 @@ def whole(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
 
 def in_chunks(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
     """Runs a unit chunk by chunk; equals `whole`, to rounding."""
-    return _in_chunks(act, choose.current(), unit)
+    parameters, static = eqx.partition(act, eqx.is_array)
+    return _in_chunks(static, choose.current(), parameters, unit)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _in_chunks(act: Activation, hints: Hints, unit: Unit) -> tuple[Array, Array | None]:
+def _in_chunks(
+    static: Any, hints: Hints, parameters: Any, unit: Unit
+) -> tuple[Array, Array | None]:
+    act = eqx.combine(static, parameters)
     # Derivatives are traced after the context that the hints came from has ended.
     with choose.under(hints):
         height = choose.band_height(unit.x.shape, unit.taps.kernel.shape[1] // 2, hints)
@@ -101,12 +105,15 @@ def _in_chunks(act: Activation, hints: Hints, unit: Unit) -> tuple[Array, Array 
 
 
 @_in_chunks.defjvp
-def _in_chunks_jvp(act: Activation, hints: Hints, primals: Any, tangents: Any) -> Any:
+def _in_chunks_jvp(static: Any, hints: Hints, primals: Any, tangents: Any) -> Any:
+    def unchunked(parameters: Any, unit: Unit) -> tuple[Array, Array | None]:
+        return whole(eqx.combine(static, parameters), unit)
+
     with choose.under(hints):
-        # Checkpointed, only the arguments are kept for a backward pass. The result of this
-        # forward pass is not used, so XLA leaves it out.
-        _, tangent = jax.jvp(jax.checkpoint(functools.partial(whole, act)), primals, tangents)
-    return _in_chunks(act, hints, *primals), tangent
+        # The checkpoint keeps only the arguments for a backward pass. Its own result is unused, so
+        # XLA removes the convolution that computes it.
+        _, tangent = jax.jvp(jax.checkpoint(unchunked), primals, tangents)
+    return _in_chunks(static, hints, *primals), tangent
 
 
 def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
@@ -138,16 +145,15 @@ def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
 def _caches(normed: Callable[[Array, Array], Array], unit: Unit) -> tuple[Array, Any, Any]:
     """Returns `x`, the normalised frames before it one by one, and those to cache.
 
-    The cache is made apart, and before a loop may write over `x`. What the loop carries has the
-    loop's layout, not that of a result; left to XLA for TPUs, the copies of all caches come last,
-    when every one of them is there twice.
+    The cache is computed before the loop, which may overwrite `x`. Taking it from the loop's carry
+    would make XLA for TPUs copy all caches at the end, when both copies of each exist.
     """
     x, past = unit.x, unit.past
     if not past:
         return x, (), None
     index = jnp.arange(x.shape[1], dtype=jnp.int32)
     ends = index[max(0, len(index) - past) :]
-    if unit.cache is None:  # The first frame stands in for it.
+    if unit.cache is None:  # Copies of the first frame stand in for the cache.
         ends = jnp.concatenate([index[:1], ends])
     last = list(lax.map(lambda i: normed(frame(x, i), i), ends))
     before = jnp.repeat(last.pop(0), past, axis=1) if unit.cache is None else unit.cache
@@ -159,17 +165,15 @@ def _caches(normed: Callable[[Array, Array], Array], unit: Unit) -> tuple[Array,
 def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | None]:
     """Runs a unit on bands of `height` rows of all frames.
 
-    The loop carries the last normalised rows of the band above, as the result may be written over
-    their source. Each band is read together with the rows below it. The last has none: it is read
-    from higher up, and zeros stand in below the frame. The cache is written band by band too, over
-    the one before it.
+    The loop carries the last normalised rows of the band above, because the result may overwrite
+    their source. A band is read with the `margin` rows below it. The last band is read `margin`
+    rows higher up, and zeros pad it below the frame. The cache is overwritten band by band too.
     """
     (b, count, rows_in_all, width, _), past = unit.x.shape, unit.past
     kernel, dtype, margin = unit.taps.kernel, unit.x.dtype, unit.taps.kernel.shape[1] // 2
-    beside = kernel.shape[2] // 2
-    geometry = Geometry(pads=((0, 0), (beside, beside)))
-    # Rows and frames are enlarged before the loop: within it, XLA for TPUs would take a fifth more
-    # memory for a steady decode.
+    side = kernel.shape[2] // 2
+    geometry = Geometry(pads=((0, 0), (side, side)), band=True)
+    # Scale and shift get their rows before the loop. Inside it XLA for TPUs takes more memory.
     affine = unit.affine.with_rows(count, rows_in_all)
 
     def normed(source: Array, cache: Array | None, start: Array) -> Array:
@@ -209,7 +213,7 @@ def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | N
 
 
 def _carry(result: Array, rest: Any, x: Array) -> tuple[Array, Any]:
-    """Returns a loop's carry, of one type from its first step on also within `jax.shard_map`."""
+    """Returns a loop's carry; within `jax.shard_map` its type is that of every later step."""
     leaves, structure = jax.tree.flatten((result, rest))
     return jax.tree.unflatten(structure, varying_as(*leaves, x)[:-1])
 
@@ -217,12 +221,12 @@ def _carry(result: Array, rest: Any, x: Array) -> tuple[Array, Any]:
 def frame_by_frame(
     fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]
 ) -> Float[Array, "b t *rest2"]:
-    """Applies a function of single frames to the frames of `x`, of large arrays one by one."""
+    """Applies a function of single frames to the frames of `x`, one by one if `x` is large."""
     if not choose.in_chunks(x.shape, choose.current()):
         return fn(x)
     moved = jnp.moveaxis(x, 1, 0)[:, :, None]
     _, y = lax.scan(lambda _, now: (None, fn(now)[:, 0]), None, moved)
-    # One layout for all that read it: XLA for TPUs would else copy it for each.
+    # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
     return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
 
 

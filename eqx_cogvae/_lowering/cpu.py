@@ -1,7 +1,7 @@
-"""Convolutions as XLA's CPU backend is fast at them, and their gradients.
+"""Lowers convolutions and their gradients for CPUs.
 
-It has a fast convolution in 2D only, and makes of the gradient by the kernel a convolution whose
-window is the frame, at a tenth of the speed of the products here.
+XLA's CPU backend is fast at 2D convolutions only. Its gradient with respect to the kernel is a
+convolution whose window is the whole frame, ten times slower than the matrix products here.
 """
 
 import functools
@@ -34,12 +34,12 @@ def phases(
     There is one for each phase of the large grid: 4/9 of the multiplications, and the enlarged
     frames are never there.
     """
-    del spec  # A doubling convolution has one geometry.
+    del spec  # A doubling convolution has one geometry, and sums are those of float32 arrays.
     return _interleaved(conv2d(x, _phase_kernels(kernel)[0], 1, _PHASES.pads))
 
 
 # The four phases see one pixel more than the frame has along each side.
-_PHASES = Geometry(pads=((1, 1), (1, 1)))
+_PHASES = Geometry()
 
 
 def _phase_kernels(kernel: Float[Array, "1 3 3 i o"]) -> Float[Array, "1 2 2 i 4*o"]:
@@ -69,7 +69,7 @@ def _interleaved(y: Array) -> Array:
 def by_input(
     cotangent: Array, kernel: Array, size: tuple[int, int], spec: Spec
 ) -> Float[Array, "b t h w i"]:
-    """Returns the gradient of a strided or doubling convolution by `x`, of `size` pixels."""
+    """Returns the gradient of a convolution with respect to its input, of `size` pixels."""
     b, t = cotangent.shape[0], cotangent.shape[1] + kernel.shape[0] - 1
     x = jax.ShapeDtypeStruct((b, t, *size, kernel.shape[3]), cotangent.dtype)
     if spec.geometry.doubles:
@@ -82,7 +82,7 @@ def by_input(
 def by_kernel(
     x: Array, cotangent: Array, sizes: tuple[int, int, int], spec: Spec
 ) -> Float[Array, "kt kh kw i o"]:
-    """Returns the gradient of a convolution by its kernel, of `sizes` taps."""
+    """Returns the gradient of a convolution with respect to its kernel, of `sizes` taps."""
     if spec.geometry.doubles:
         quads = _interleaved_transpose(cotangent, (x.shape[2], x.shape[3]))
         merged = by_kernel(x, quads, (1, 2, 2), spec._replace(geometry=_PHASES))
@@ -115,11 +115,13 @@ def _phases(x: Array, stride: int) -> Array:
 
 
 def _by_kernel(x: Array, cotangent: Array, sizes: tuple[int, ...]) -> Array:
-    """Returns the gradient of a valid convolution by its kernel, `(taps, *sizes, i, o)`.
+    """Returns the gradient of a valid convolution with respect to its kernel.
 
-    With the rows of a frame end to end, what a tap sees of it is one stretch, so that each tap
-    is a product of matrices. Frame by frame, for the stretches to stay in the processor's cache,
-    and in loops: a product for each tap, written out, takes three times as long to compile.
+    With the rows of a frame flattened, each tap reads one contiguous slice, so its gradient is one
+    matrix product. The outer loop is over frames, so that their slices stay in the processor's
+    cache. The inner one is over taps: written out, it takes three times as long to compile.
+
+    **Returns:** `(taps, *sizes, i, o)`.
     """
     (b, t, h, w, o), width, i = cotangent.shape, x.shape[3], x.shape[4]
     rows, columns = sizes
@@ -134,7 +136,8 @@ def _by_kernel(x: Array, cotangent: Array, sizes: tuple[int, ...]) -> Array:
     def stretch(y: Array, frame: Array, start: Array) -> Array:
         at = (jnp.zeros_like(frame), frame, start, jnp.zeros_like(frame))
         seen = lax.dynamic_slice(y, at, (b, 1, length, y.shape[-1]))
-        return seen.reshape(b * length, -1)  # dots over several axes have their operands copied
+        # XLA copies the operands of dots over several axes, so clips and pixels become one axis.
+        return seen.reshape(b * length, -1)
 
     def add_frame(total: Array, frame: Array) -> tuple[Array, None]:
         reaching = stretch(cotangent, frame, jnp.zeros_like(frame))

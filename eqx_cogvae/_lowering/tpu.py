@@ -1,4 +1,4 @@
-"""Lowerings of convolutions that XLA for TPUs runs fast, or in little memory."""
+"""Lowers convolutions for TPUs, to run fast or in little memory."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,22 +9,23 @@ from .frames import lax_conv2d
 
 
 def sequential(x: Array, kernel: Array, spec: Spec) -> Array:
-    """Convolves as many frames as the kernel has taps, tap by tap, to the one frame they make.
+    """Convolves as many frames as the kernel has taps in time, tap by tap, into one frame.
 
-    XLA for TPUs pads and lays out anew what it convolves: here that is one frame at a time.
+    XLA for TPUs pads and copies what it convolves. Here it does so for one frame at a time.
     """
     total = lax_conv2d(x[:, 0], kernel[0], spec)
     for i in range(1, len(kernel)):
-        # Without the barrier XLA would prepare all the frames before the first convolution.
+        # Without the barrier XLA would copy all the frames before the first convolution.
         frame, total = lax.optimization_barrier((x[:, i], total))
         total = total + lax_conv2d(frame, kernel[i], spec)
     return jnp.expand_dims(total, 1)
 
 
 def products(x: Array, kernel: Array, spec: Spec) -> Array:
-    """Multiplies matrices, one for each tap in time and row, of pixels that hold a row's taps.
+    """Convolves by one matrix product for each tap in time and each row of the kernel.
 
-    For small arrays XLA for TPUs expects half the cycles of a convolution, and compiles it sooner.
+    The pixels that a kernel's row sees are concatenated along channels. For small arrays XLA for
+    TPUs estimates half the cycles of a convolution, and compiles it sooner.
     """
     (taps, down, across, i, o) = kernel.shape
     x = jnp.pad(x, [(0, 0)] * 2 + [*spec.geometry.pads, (0, 0)])
@@ -42,8 +43,8 @@ def products(x: Array, kernel: Array, spec: Spec) -> Array:
 def summed(x: Array, kernel: Array, spec: Spec) -> Array:
     """Adds up one 2D convolution of all frames for each tap in time.
 
-    XLA for TPUs adds as it convolves. Of bands of rows it expects fewer cycles this way than with
-    the taps as channels.
+    XLA for TPUs fuses the additions into the convolutions. For bands of rows it estimates fewer
+    cycles than for `channels`.
     """
     taps, b, count = kernel.shape[0], x.shape[0], x.shape[1] - kernel.shape[0] + 1
     total = jnp.zeros((), spec.accumulator)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
@@ -300,7 +301,9 @@ class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
             if self.mesh is not None:
                 raise ValueError("the weights are on a mesh and stay there: give another `mesh=`.")
             vae = jax.device_put(vae, jax_device(anchor.device))
-        self.vae = jax.tree.map(lambda leaf: leaf.astype(dtype), vae)
+        # Weights held in 8 bits are no numbers to be cast.
+        cast = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf  # noqa: E731
+        self.vae = jax.tree.map(cast, vae)
         self._anchor.weight = torch.nn.Parameter(anchor, requires_grad=False)
         return super()._apply(fn, recurse)
 

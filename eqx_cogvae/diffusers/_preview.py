@@ -82,7 +82,9 @@ class PreviewCallback:
         # CogVideoX 1.5 fills an odd count up in front to an even one, and drops that in the end.
         if getattr(pipe.transformer.config, "patch_size_t", None) and array.shape[1] % 2 == 0:
             array = array[:, 1:]
-        return np.asarray(self._preview.decode(array / pipe.vae.config.scaling_factor), np.float32)
+        frames = self._preview.decode(array / pipe.vae.config.scaling_factor)
+        # A VAE leaves [-1, 1] where latents are noisy; pipelines clip its frames as well.
+        return np.clip(np.asarray(frames, np.float32), -1, 1)
 
     def _write(self, step: int, clips: np.ndarray) -> None:
         path = self._named(step)
