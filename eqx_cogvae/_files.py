@@ -39,10 +39,8 @@ def staged(folder: Path) -> Iterator[Path]:
 
     **Raises:** `OSError` that names `folder`, where it cannot be written.
     """
-    _check_links(folder)
+    check_folder(folder)
     home = folder if folder.is_dir() else folder.parent
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"cannot write {folder}: it is a file, name a directory.")
     missing = [parent for parent in (home, *home.parents) if not parent.exists()]
     partial = _partial(home, folder)
     with _named_as(folder, partial):
@@ -65,13 +63,23 @@ def _partial(home: Path, path: Path) -> Path:
     return home / f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}"
 
 
-def _check_links(path: Path) -> None:
-    for link in (path, *path.parents):
-        if link.is_symlink() and not link.exists():
+def check_folder(path: str | os.PathLike) -> None:
+    """Raises `OSError` where no folder can be made at `path`, and `check_name`'s `ValueError`."""
+    path = Path(path)
+    check_name(path)
+    _check_places(path, path, *path.parents)
+
+
+def _check_places(path: Path, *places: Path) -> None:
+    for place in places:
+        if place.is_symlink() and not place.exists():
             raise FileNotFoundError(
-                f"cannot write {path}: {link} is a link to {os.readlink(link)}, which does not "
+                f"cannot write {path}: {place} is a link to {os.readlink(place)}, which does not "
                 "exist: create that directory, or remove the link."
             )
+        if place.exists() and not place.is_dir():
+            named = "it" if place == path else place
+            raise NotADirectoryError(f"cannot write {path}: {named} is a file, name a directory.")
 
 
 @contextlib.contextmanager
@@ -110,9 +118,11 @@ class Written:
 def check_writable(path: str | os.PathLike) -> None:
     """Raises the errors of `atomic` before a long computation."""
     path = Path(path)
+    check_name(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a directory, name a file in it.")
     if not path.parent.is_dir():
+        _check_places(path, *path.parents)
         raise FileNotFoundError(
             f"cannot write {path}: there is no directory {path.parent}, create it first."
         )
@@ -120,11 +130,32 @@ def check_writable(path: str | os.PathLike) -> None:
         raise PermissionError(f"cannot write {path}: {path.parent} is not writable.")
 
 
+def check_name(path: str | os.PathLike) -> None:
+    """Raises `ValueError` for a name with a NUL byte, which no file can have."""
+    name = os.fsdecode(path)
+    if "\0" in name:
+        raise ValueError(f"{name!r} holds a NUL byte, which no file's name can: correct the name.")
+
+
 def check_regular(path: str | os.PathLike) -> None:
-    """Raises `OSError` for a pipe, a socket or a device: they may never end, or never begin."""
+    """Raises `OSError` for a pipe, a socket or a device: they may never end, or never begin.
+
+    Raises `ValueError` for a name that no file can have.
+    """
+    check_name(path)
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(f"{path} is a pipe or a device: copy what it gives to a file, and name that.")
+        raise OSError(
+            f"{path} is a pipe or a device: copy its content to a file, and name that file."
+        )
 
 
-__all__ = ["Written", "atomic", "check_regular", "check_writable", "staged"]
+__all__ = [
+    "Written",
+    "atomic",
+    "check_folder",
+    "check_name",
+    "check_regular",
+    "check_writable",
+    "staged",
+]

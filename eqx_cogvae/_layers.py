@@ -111,7 +111,7 @@ class CausalConv3d(eqx.Module):
     def __call__(
         self, x: Float[Array, "b t h w i"], cache: Float[Array, "b k h w i"] | None = None
     ) -> tuple[Float[Array, "b t h w o"], Float[Array, "b k h w i"] | None]:
-        kernel, bias = self.conv.weight, self.conv.bias
+        kernel, bias = self.conv.taps()
         if kernel.shape[:3] == (1, 1, 1):
             return pointwise_conv(x, kernel, bias), None
         if self.pad_mode != "replicate":

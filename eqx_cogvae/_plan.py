@@ -1,6 +1,7 @@
 """Computes a video's memory and arithmetic before it is encoded or decoded."""
 
 import dataclasses
+import itertools
 import math
 import numbers
 import warnings
@@ -9,11 +10,12 @@ from typing import Any, NamedTuple, SupportsFloat
 
 import equinox as eqx
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from ._autoencoder import VAE
 from ._flops import flops
 from ._frames import LATENT_BATCH, SAMPLE_BATCH, frame_batches
+from ._transforms.base import traced_step
 from ._transforms.framewise import framewise
 from ._transforms.sliced import sliced
 from ._transforms.streamed import streamed
@@ -45,6 +47,15 @@ class Cost:
     """Floating-point operations for the whole clip."""
     fn: Callable = dataclasses.field(repr=False, compare=False)
     """From video to moments, or from latents to video."""
+    _rest: Callable[[], Any] = dataclasses.field(default=tuple, repr=False, compare=False)
+
+    def compile(self) -> None:
+        """Compiles the programs that `plan` has not compiled: those of tiles that an edge cuts.
+
+        With JAX's persistent compilation cache on, `fn` then finds the programs of all its steps
+        there, in this process and in later ones, for videos of the planned shape and dtype.
+        """
+        self._rest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +118,7 @@ def plan(
     memory: SupportsFloat | None = None,
     tile: tuple[int, int] = _TILE,
     overlap: tuple[int | float, int | float] = _OVERLAP,
+    dtype: Any = None,
     device: Any = None,
 ) -> Plan:
     """Compares ways to encode and decode a video: whole, streamed, in slices and in tiles.
@@ -115,6 +127,20 @@ def plan(
     off the programs; to that it adds what of the video itself is on the device. It takes as long
     as compiling does, unless JAX's persistent compilation cache has the plan from before. Ways
     are planned as they are called outside of `jax.jit`.
+
+    These are the programs that a call runs. With the persistent cache on, the first call of
+    `vae.encode`, of `vae.decode` or of any way's `fn`, for a video of this shape and dtype, reads
+    its steps from there; `plan.best("decode").compile()` adds those of tiles that an edge cuts. A
+    server fills the cache with a plan for each of its shapes, before it starts:
+
+    !!! Example
+
+        ```python
+        for shape in ((1, 9, 16, 24), (1, 17, 16, 24)):
+            plan = cv.plan(vae, shape)
+            for direction in ("encode", "decode"):
+                plan.best(direction).compile()
+        ```
 
     "Whole" is `vae.encode` and `vae.decode` of an array on the device, "streamed" has its video
     on the host. Ways that are the same for this video, such as one slice, are left out.
@@ -127,7 +153,10 @@ def plan(
         where it does.
     - `tile`, `overlap`: of tiles, in pixels, and in fractions of them as for `tiled`; by default
         diffusers', 240x360 by a sixth and a fifth.
-    - `device`: what to compile for, also one of a described topology that is not there.
+    - `dtype`: of the video that is encoded, and of the latents that are decoded; None is the
+        model's.
+    - `device`: what to compile for, with everything put on it; also one of a described topology
+        that is not there. None is where the model is.
 
     **Returns:** a `Plan`: print it, or decode with `plan.best("decode").fn(latents)`.
 
@@ -147,33 +176,30 @@ def plan(
     budget = None if memory is None else _budget(memory)
     if min(tile) < cell or any(side % cell for side in tile):
         raise ValueError(f"`tile` must be in multiples of {cell} pixels, got {tile}.")
-    device = jax.devices()[0] if device is None else device
     b, t, h, w = shape[:4]
-    placed, latents = _placed(vae, device), vae.config.latent_frames(t)
-    encoding = _Direction(
-        vae.encode_step, placed.encode_step, SAMPLE_BATCH, Factor(1, cell), tile, overlap, device
+    place = None if device is None else SingleDeviceSharding(device)
+    placed, latents = _placed(vae, place), vae.config.latent_frames(t)
+    # What a program gives is on the device that its weights were put on, if they were.
+    caches = next((x.sharding for x in jax.tree.leaves(placed) if _is_struct(x)), None)
+    given = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, vae.dtype if dtype is None else dtype, sharding=place
     )
+    encoding = _Direction(
+        vae.encode_step, placed.encode_step, SAMPLE_BATCH, Factor(1, cell), tile, overlap, caches
+    )
+    cells = (tile[0] // cell, tile[1] // cell)
     decoding = _Direction(
-        vae.decode_step,
-        placed.decode_step,
-        LATENT_BATCH,
-        Factor(cell, 1),
-        (tile[0] // cell, tile[1] // cell),
-        overlap,
-        device,
+        vae.decode_step, placed.decode_step, LATENT_BATCH, Factor(cell, 1), cells, overlap, caches
     )
     return Plan(
-        _costs(encoding, _struct((b, t, h, w, vae.config.in_channels), vae, device)),
-        _costs(
-            decoding,
-            _struct((b, latents, h // cell, w // cell, vae.config.latent_channels), vae, device),
-        ),
-        _limit(device) if budget is None else budget,
+        _costs(encoding, given(b, t, h, w, vae.config.in_channels)),
+        _costs(decoding, given(b, latents, h // cell, w // cell, vae.config.latent_channels)),
+        _limit(jax.devices()[0] if device is None else device) if budget is None else budget,
     )
 
 
 class _Direction(NamedTuple):
-    """Encoding or decoding: its step, the same in shapes on a device, and its geometry."""
+    """Encoding or decoding: its step, the same in shapes alone, and its geometry."""
 
     step: Callable
     placed: Callable
@@ -181,17 +207,13 @@ class _Direction(NamedTuple):
     factor: Factor
     tile: tuple[int, int]
     overlap: tuple[int | float, int | float]
-    device: Any
+    caches: Sharding | None
 
 
 class _Program(NamedTuple):
-    """A compiled step, in bytes and operations, and how often a clip calls it.
-
-    `donated` is the part of its arguments that it writes its outputs over.
-    """
+    """A compiled step, in bytes and operations, and how often a clip calls it."""
 
     peak: float | int
-    donated: int
     arguments: int
     result: int
     flop: int
@@ -203,10 +225,11 @@ def _costs(direction: _Direction, x: jax.ShapeDtypeStruct) -> tuple[Cost, ...]:
     whole = framewise(direction.step, direction.size)
     tiles = tiled(whole, direction.tile, direction.overlap)
     grid = [_lengths(direction, axis, side) for axis, side in enumerate(sides)]
-    clip, one = _programs(direction, x), None
+    clip = _programs(direction, x)
+    # A stream of an array keeps the cache that a batch goes on from, and copies a result to the
+    # host while the next one is computed.
+    peak = max(program.peak + program.result for program in _programs(direction, x, ahead=True))
     stream = streamed(direction.step, direction.size)
-    # A stream that runs ahead keeps the cache that a step goes on from.
-    peak = max(program.peak + program.donated + program.result for program in clip)
     costs = [
         _whole("whole", whole, clip, x),
         Cost(_STREAMED, peak, len(clip), _flop(clip), stream),
@@ -216,12 +239,9 @@ def _costs(direction: _Direction, x: jax.ShapeDtypeStruct) -> tuple[Cost, ...]:
         costs.append(_whole("sliced", sliced(whole), one, x, slices=b))
     if grid == [[side] for side in sides]:
         return tuple(costs)
-    largest = [max(lengths) for lengths in grid]
-    piece = _programs(direction, _cut(x, b, *largest))
-    costs.append(_tiles("tiled", tiles, piece, x, grid))
+    costs.append(_tiles("tiled", tiles, direction, x, grid))
     if b > 1:
-        piece = _programs(direction, _cut(x, 1, *largest))
-        costs.append(_tiles("sliced tiled", sliced(tiles), piece, x, grid, slices=b))
+        costs.append(_tiles("sliced tiled", sliced(tiles), direction, x, grid, slices=b))
     return tuple(costs)
 
 
@@ -235,11 +255,14 @@ def _whole(
 def _tiles(
     name: str,
     fn: Callable,
-    programs: list[_Program],
+    direction: _Direction,
     x: jax.ShapeDtypeStruct,
     grid: list[list[int]],
     slices: int = 1,
 ) -> Cost:
+    shapes = [_cut(x, x.shape[0] // slices, *each) for each in itertools.product(*map(set, grid))]
+    largest = max(shapes, key=lambda shape: math.prod(shape.shape))
+    programs = _programs(direction, largest)
     area = math.prod(map(sum, grid)) / math.prod(map(max, grid))
     tile = _result(programs)
     # While tiles are blended two rows of them are kept; without overlap they are the result.
@@ -247,8 +270,9 @@ def _tiles(
     result = round(slices * tile * covered)
     rows = 2 * len(grid[1]) * tile
     peak = _peak(programs, x, result) + rows
-    shapes = math.prod(len(set(lengths)) for lengths in grid)
-    return Cost(name, peak, shapes * len(programs), slices * area * _flop(programs), fn)
+    count, flop = len(shapes) * len(programs), slices * area * _flop(programs)
+    rest = lambda: [_programs(direction, shape) for shape in shapes]  # noqa: E731
+    return Cost(name, peak, count, flop, fn, rest)
 
 
 def _peak(programs: list[_Program], x: jax.ShapeDtypeStruct, result: int) -> float | int:
@@ -274,56 +298,68 @@ def _lengths(direction: _Direction, axis: int, side: int) -> list[int]:
     return [s.stop - s.start for s in spans(side, tile, overlap, direction.factor, "clip")]
 
 
-def _programs(direction: _Direction, x: jax.ShapeDtypeStruct) -> list[_Program]:
-    """The first frame batch's, and the steady ones'."""
+def _programs(
+    direction: _Direction, x: jax.ShapeDtypeStruct, *, ahead: bool = False
+) -> list[_Program]:
+    """Compiles the first frame batch's program, and the steady ones', which may run ahead."""
     first, *steady = frame_batches(x.shape[1], direction.size)
     program, cache = _compiled(direction, x, first, None, 1)
     if not steady:
         return [program]
-    return [program, _compiled(direction, x, direction.size, cache, len(steady))[0]]
+    calls = len(steady)
+    return [program, _compiled(direction, x, direction.size, cache, calls, ahead=ahead)[0]]
 
 
 def _compiled(
-    direction: _Direction, x: jax.ShapeDtypeStruct, frames: int, cache: Any, calls: int
+    direction: _Direction,
+    x: jax.ShapeDtypeStruct,
+    frames: int,
+    cache: Any,
+    calls: int,
+    *,
+    ahead: bool = False,
 ) -> tuple[_Program, Any]:
-    weights, static = eqx.partition(direction.placed, _is_struct)
     batch = jax.ShapeDtypeStruct((x.shape[0], frames, *x.shape[2:]), x.dtype, sharding=x.sharding)
-    step = lambda weights, batch, cache: eqx.combine(weights, static)(batch, cache)  # noqa: E731
-    traced = jax.jit(step, donate_argnums=2).trace(weights, batch, cache)
-    flop, lowered = flops(traced.jaxpr), traced.lower()
-    result, cache = jax.tree.map(lambda s: _on(s, direction.device), lowered.out_info)
-    size = math.prod(result.shape) * result.dtype.itemsize
-    try:
-        with warnings.catch_warnings():
-            # On CPU, and for a cache of another shape, giving buffers away is not to be had.
-            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+    traced = traced_step((direction.placed, batch), cache, ahead)
+    with warnings.catch_warnings():
+        # On CPU, and for a cache of another shape, giving buffers away is not to be had.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        flop, lowered = flops(traced.jaxpr), traced.lower()
+        result, cache = jax.tree.map(lambda x: _struct(x, direction.caches), lowered.out_info)
+        size = math.prod(result.shape) * result.dtype.itemsize
+        try:
             program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _Program(math.inf, 0, 0, size, flop, calls), cache
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return _Program(math.inf, 0, size, flop, calls), cache
     memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes
     peak = held + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    donated = memory.alias_size_in_bytes
-    return _Program(peak - donated, donated, held, size, flop, calls), cache
+    # Outputs are written over the cache that a program is given for good.
+    return _Program(peak - memory.alias_size_in_bytes, held, size, flop, calls), cache
 
 
-def _placed(vae: VAE, device: Any) -> VAE:
-    """The model in shapes only, on a device."""
-    return jax.tree.map(lambda x: _on(x, device) if eqx.is_array(x) or _is_struct(x) else x, vae)
+def _placed(vae: VAE, place: Sharding | None) -> VAE:
+    """Returns the model in shapes alone; without a place, each is on the device it was put on."""
+
+    def placed(x: Any) -> Any:
+        if not eqx.is_array(x) and not _is_struct(x):
+            return x
+        # An array that was put on no device is another argument to a program than one that was.
+        own = x.sharding if isinstance(x, jax.Array) and x.committed else None
+        alone = own is not None and len(own.device_set) == 1
+        return _struct(x, own if place is None and alone else place)
+
+    return jax.tree.map(placed, vae)
 
 
-def _on(x: Any, device: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
+def _struct(x: Any, place: Sharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 def _is_struct(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
-
-
-def _struct(shape: tuple[int, ...], vae: VAE, device: Any) -> jax.ShapeDtypeStruct:
-    return _on(jax.ShapeDtypeStruct(shape, vae.dtype), device)
 
 
 def _cut(x: jax.ShapeDtypeStruct, batch: int, height: int, width: int) -> jax.ShapeDtypeStruct:

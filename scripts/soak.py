@@ -120,7 +120,7 @@ def main():
 
 def compiled_programs():
     """How many programs the steps have been compiled to."""
-    return cv._transforms.base.jitted_step._cached._cache_size()
+    return cv._transforms.base._donating_program._cache_size()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import optax
 
 import eqx_cogvae as cv
 from eqx_cogvae import training, video
+from eqx_cogvae._pixels import from_pixels
 
 HELD_OUT_FRAMES, HELD_OUT_SIZE = 17, (128, 192)
 _LOGVAR = -6.0
@@ -165,7 +166,7 @@ def _varied(clips: np.ndarray, seed: int, step: int) -> jax.Array:
 @jax.jit
 def _recoloured(clips: jax.Array, order: jax.Array, gain: jax.Array, shift: jax.Array) -> jax.Array:
     order, gain, shift = (x[:, None, None, None] for x in (order, gain, shift))
-    x = jnp.take_along_axis(clips.astype(jnp.float32) / 127.5 - 1, order, axis=-1)
+    x = jnp.take_along_axis(from_pixels(clips), order, axis=-1)
     return x * gain + shift
 
 

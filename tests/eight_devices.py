@@ -419,6 +419,22 @@ def test_training_over_a_batch_is_exact_and_shared(accumulate, vae):
     assert temporaries[1] < 0.4 * temporaries[0]
 
 
+def test_training_against_a_discriminator_over_a_batch_is_exact(vae):
+    """The adaptive weight is that of all clips, wherever they are."""
+    clips, key = jnp.tanh(normal((4, 5, 8, 8, 3))), jax.random.key(0)
+    judge = training.Discriminator(width=2, levels=1, key=key)
+    adversarial = training.Adversarial(optax.sgd(0.1))
+    results = []
+    for mesh in (None, mesh_of((4, 1, 1))):
+        trainer = training.Trainer(optax.sgd(0.1), mesh=mesh, adversarial=adversarial)
+        results.append(trainer.step(trainer.init(vae, judge), clips, key))
+    (alone, one), (spread, four) = results
+    for name, due in one.items():
+        assert abs(four[name] - due) < 1e-5 * max(abs(due), 1), name
+    for got, due in zip(*map(jax.tree.leaves, (spread, alone)), strict=True):
+        assert distance(got, due) < 1e-5
+
+
 def test_a_state_comes_back_to_its_mesh(vae, tmp_path):
     trainer = training.Trainer(optax.adam(1e-3), mesh=mesh_of((4, 1, 1)))
     state = trainer.init(vae)

@@ -1,5 +1,6 @@
 """`python -m eqx_cogvae`, run in this process on a model of random weights."""
 
+import json
 import os
 import subprocess
 import sys
@@ -188,8 +189,9 @@ def test_sizes_as_earlier_versions_took_them(words, due, monkeypatch):
         ("--frames 100", "holds 17 frames, asked for frames 0 to 99"),
         ("--start 10 --frames 8", "holds 17 frames, asked for frames 10 to 17"),
         ("--start 17", "holds 17 frames, asked for frame 17 and later"),
-        ("--fps 6 --frames 10", "holds 9 frames, asked for frames 0 to 9"),
-        ("--fps 24 --frames 35", "holds 34 frames, asked for frames 0 to 34"),
+        ("--fps 6 --frames 10", "holds 9 frames at 6 frames a second, asked for frames 0 to 9"),
+        ("--fps 24 --frames 35", "holds 34 frames at 24 frames a second, asked for frames 0 to 34"),
+        ("--fps 29.97 --start 99", "at 29.97 frames a second, asked for frame 99 and later"),
     ],
 )
 @pytest.mark.parametrize("command", ["encode SOURCE OUT.safetensors", "reconstruct SOURCE OUT.npy"])
@@ -262,6 +264,41 @@ def test_odd_sizes_are_fitted(tmp_path, capsys):
     assert run("encode", "odd.mp4", "z.safetensors") == 0
     assert "resized to 16x24, which are multiples of 8" in capsys.readouterr().err
     assert _latents.load_latents(tmp_path / "z.safetensors").array.shape == (1, 1, 2, 3, 4)
+
+
+def test_the_first_latent_alone(vae, source, tmp_path, capsys):
+    """As CogVideoX-Fun decodes: t latents are 4 (t - 1) + 1 frames, for an even t too."""
+    z = np.random.default_rng(0).standard_normal((1, 4, 2, 3, 4)).astype(np.float32)
+    due = cv.framewise(vae.decode_step, 2, first=1)(jnp.asarray(z))
+    assert due.shape[1] == 13
+    _latents.save_latents("z.safetensors", _latents.Latents(z))
+    assert run("decode", "z.safetensors", "a.npy", "--first", 1) == 0
+    assert "latents (1, 4, 2, 3, 4) to 13 frames: a.npy" in capsys.readouterr().out
+    np.testing.assert_allclose(np.load("a.npy"), due, rtol=1e-5, atol=1e-5)
+    assert run("decode", "z.safetensors", "a.npy") == 0
+    plain = np.load("a.npy")
+    assert plain.shape[1] == 16
+
+    # A dataset's are decoded anew, to files of other names.
+    for first, frames in (("--first", 1), 13), ((), 16), (("--first", 1), 13):
+        arguments = ("z.safetensors", "back", "--model", "tiny", *first)
+        assert run("decode-dataset", *arguments) == 0
+        row = json.loads((tmp_path / "back/manifest.jsonl").read_text())
+        assert row["frames"] == frames
+        clip = video.read(tmp_path / "back" / row["file"])
+        assert clip.shape[1] == frames
+        if first:
+            assert video.psnr(clip, due) > 20 > video.psnr(clip, plain[:, :13])
+
+    assert run("reconstruct", source, "b.npy", "--frames", 9, "--first", 1) == 0
+    latents = vae.encode(jnp.asarray(video.read(source, frames=9))).mode()
+    due = cv.framewise(vae.decode_step, 2, first=1)(latents)
+    np.testing.assert_allclose(np.load("b.npy"), due, rtol=1e-5, atol=1e-5)
+    for command in ("decode a b", "reconstruct", "decode-dataset a b --model tiny"):
+        assert run(*command.split(), "--first", 0) == 2
+        assert "Invalid value for '--first': 0 is not in the range" in capsys.readouterr().err
+    assert run("decode", "--help") == 0
+    assert "--first LATENTS" in capsys.readouterr().out
 
 
 def test_latents_of_others(vae, tmp_path, capsys):
@@ -338,7 +375,7 @@ def latents(**fields):
         ("decode none OUT.mp4", "there is no latents file at none"),
         ("decode garbage OUT.mp4", "not a complete safetensors file"),
         ("decode pickle OUT.mp4", "is a pickle or an archive"),
-        ("decode nan OUT.mp4", "it is the latents that are broken, not the VAE"),
+        ("decode nan OUT.mp4", "the latents are broken, not the VAE"),
         ("decode wide OUT.mp4", "no axis for 4 channels"),
         ("decode two OUT.mp4", "holds 2 clips, expected one"),
         ("info none", "there is no model 'none'"),

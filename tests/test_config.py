@@ -42,7 +42,7 @@ def test_keys_of_diffusers_own_are_ignored():
         ({"act_fn": "tanh"}, "`act_fn` must be one of silu.*'tanh'"),
         ({"norm_eps": 0}, "`norm_eps` must be a positive number, got 0"),
         ({"temporal_compression_ratio": 0.5}, "at least 1, got 0.5"),
-        ({"latent_channels": 0}, "whole numbers of at least 1, got 0"),
+        ({"latent_channels": 0}, "whole numbers from 1 to 65536, got 0"),
         ({"latents_mean": (1.0,)}, "16 entries, one per latent channel, got 1"),
         ({"down_block_types": ("DownBlock2D",) * 4}, "4 times 'CogVideoXDownBlock3D'"),
     ],
@@ -91,3 +91,10 @@ def test_frame_counts_are_those_of_the_batches(frames, blocks, ratio):
     assert config.latent_frames(frames) == sum(map(pooled, batches))
     if frames % 8 == 1 and ratio <= 4:
         assert config.sample_frames(config.latent_frames(frames)) == frames
+
+
+def test_frame_counts_of_another_first_batch():
+    """By CogVideoX-Fun's rule, 4 (t - 1) + 1; behind the first batch each latent gives four."""
+    config = cv.Config()
+    assert [config.sample_frames(t, 1) for t in (1, 2, 3, 22)] == [1, 5, 9, 85]
+    assert [config.sample_frames(t, 4) for t in (3, 4, 5)] == [9, 16, 20]

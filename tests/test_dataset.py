@@ -688,6 +688,7 @@ def test_a_rate_above_the_videos_own_is_told(vae, videos, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dataset.encode(vae, videos, tmp_path, Settings(frames=9, fps=24))
+    assert {warning.filename for warning in caught} == {__file__}
     told = [str(warning.message) for warning in caught]
     assert told == [
         "a.mp4 has 12 frames a second, fewer than the 24 that were asked for: frames are "
@@ -877,8 +878,9 @@ def test_scaled_latents_are_unscaled_by_their_files_factor(own, dtype, tmp_path,
 def test_decode_dataset_of_tars_and_of_another_model(vae, videos, tmp_path):
     dataset.encode(vae, videos, tmp_path / "z", NINE, container="webdataset")
     other = cv.VAE(CONFIG, key=jax.random.key(1))
-    with pytest.warns(UserWarning, match="4 latents were encoded by model"):
+    with pytest.warns(UserWarning, match="4 latents were encoded by model") as caught:
         summary = dataset.decode(other, tmp_path / "z", tmp_path / "back", fps=24)
+    assert {warning.filename for warning in caught} == {__file__}
     assert (summary.clips, summary.written, summary.skipped) == (4, 4, ())
     assert manifest(tmp_path / "back")[0]["fps"] == 24
     with warnings.catch_warnings():
@@ -908,7 +910,8 @@ def test_settings_are_checked(fields, match):
     [
         ("none DST", "there is no dataset at none"),
         ("empty DST", "holds nothing that ends in .avi"),
-        ("SRC file", "is a file: name a folder"),
+        ("SRC file", "cannot write file: it is a file, name a directory"),
+        ("SRC file/a/b", "cannot write file/a/b: file is a file, name a directory"),
         ("file DST", "must be a folder, a .tar, a list"),
         ("bad.jsonl DST", "line 1 of bad.jsonl must hold JSON: Expecting property name"),
         ("bad.csv DST", "row 1 of bad.csv must name a file under one of video, path"),

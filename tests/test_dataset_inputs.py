@@ -46,6 +46,10 @@ def test_lists_of_all_kinds(kind, mark, tmp_path):
         ("tabs.csv", "caption\tvideo\nx, y\ta.mp4\n"),
         ("old.csv", '\rvideo,caption\ra.mp4,"x, y"\r'),
         ("lines.json", '{"video": "a.mp4", "caption": "x, y"}\n'),
+        ("excel.csv", "sep=;\r\nvideo;caption\r\na.mp4;x, y\r\n"),
+        ("commas.csv", '"sep=,"\nvideo,caption\na.mp4,"x, y"\n'),
+        ("bars.csv", "SEP=|\nvideo|caption\na.mp4|x, y\n"),
+        ("tabbed.csv", "sep=\t\nvideo\tcaption\na.mp4\tx, y\n"),
     ],
 )
 def test_lists_under_another_kinds_name(name, text, tmp_path):
@@ -100,6 +104,20 @@ def test_other_encodings_are_refused(encoding, kind, tmp_path):
         ValueError, match=rf"list\.{kind} (is not UTF-8|holds NUL).*: save it as UTF-8"
     ):
         found(path)
+
+
+def test_an_error_below_excels_line_has_the_files_own_numbers(tmp_path):
+    (tmp_path / "list.csv").write_text('sep=;\nvideo;caption\na.mp4;x\nb.mp4;"y\n')
+    with pytest.raises(ValueError, match=r"list\.csv is no table with ';' .*, in line 4\."):
+        found(tmp_path / "list.csv")
+
+
+def test_a_name_with_a_nul_byte_is_listed_and_the_others_are_read(tmp_path):
+    (tmp_path / "list.jsonl").write_text('"a.mp4"\n"b\\u0000.mp4"\n"c\\u0000.mp4"\n')
+    items = _sources.find(tmp_path / "list.jsonl", _sources.VIDEOS)
+    assert [item.problem is None for item in items] == [True, False, False]
+    with pytest.raises(ValueError, match=r"^'b\\x00\.mp4' holds a NUL byte, which no file's"):
+        items[1].local().__enter__()
 
 
 @pytest.mark.parametrize(

@@ -665,6 +665,9 @@ def test_bad_calls(ours):
     for call, message in [
         (lambda: ours.decode(z[:, :3]), r"4 channels, frames, height, width\), got shape \(1, 3,"),
         (lambda: ours.encode(z), r"3 channels, frames, height, width\), got shape \(1, 4,"),
+        (lambda: ours.decode(z.movedim(1, -1)), r"use `x\.movedim\(-1, 1\)`"),
+        (lambda: ours.encode(noise(1, 3, 9, 1, 16)), r"2x2 in height.*got shape \(1, 3, 9, 1, 16"),
+        (lambda: ours.decode(z[:, :, :0]), r"one frame and 1x1.*got shape \(1, 4, 0, 4, 4\)"),
         (lambda: ours.decode(z.to("meta")), "tensor on meta, and the weights are on cpu: move"),
         (lambda: ours.decode(z.double()), "float64, and JAX has 64 bits off: cast it to 32"),
         (lambda: ours.to("meta"), "JAX cannot reach torch's device meta, it has cpu:0"),

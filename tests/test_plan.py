@@ -1,6 +1,11 @@
 """The plan against what running takes: programs, bytes of the compiled steps, arithmetic."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -29,6 +34,11 @@ def vae():
 @pytest.fixture(scope="module")
 def plan(vae):
     return cv.plan(vae, SHAPE, memory=2**40, tile=TILE, overlap=(0.25, 0.25))
+
+
+@pytest.fixture(scope="module")
+def longer(vae):
+    return cv.plan(vae, (2, 33, 12, 16), tile=(12, 16))
 
 
 def named(costs):
@@ -80,8 +90,8 @@ def test_programs_are_those_that_running_compiles(vae, plan):
             assert named(costs)[name].programs == len(compiled), name
 
 
-def test_peaks_hold_what_must_be_there(vae, plan):
-    """Weights, cache, and the whole result twice over as it is joined."""
+def test_peaks_hold_what_must_be_there(vae, plan, longer):
+    """Weights, cache, and the whole result twice over as it is joined; a stream's is constant."""
     latents, video = 4 * 2 * 9 * 6 * 8 * 3, 4 * 2 * 17 * 12 * 16 * 3
     _, cache = eqx.filter_eval_shape(
         lambda z: vae.decode_step(z), jax.ShapeDtypeStruct((2, 2, 6, 8, 3), jnp.float32)
@@ -91,6 +101,7 @@ def test_peaks_hold_what_must_be_there(vae, plan):
     assert costs["whole"].peak > weights + size(cache) + latents + video
     assert costs["streamed"].peak > weights + size(cache)
     assert costs["streamed"].peak < costs["whole"].peak
+    assert costs["streamed"].peak == named(longer.decode)["streamed"].peak
     assert costs["sliced"].peak < costs["whole"].peak
     assert costs["sliced tiled"].peak < costs["tiled"].peak
 
@@ -145,13 +156,13 @@ def test_arithmetic_of_a_gradient():
     assert counts == [2 * 27 * 3 * 5 * 2 * 2 * 6 * 7, 3 * counts[0]]
 
 
-def test_arithmetic_grows_with_the_video(vae, plan):
+def test_arithmetic_grows_with_the_video(plan, longer):
     decode = named(plan.decode)
     assert decode["sliced"].flop == decode["whole"].flop
     # Starts at 0, 3 (and 6 along the width) of 6x8 cells: (4 + 3) x (4 + 4 + 2) cells of tiles.
     assert decode["tiled"].flop / decode["whole"].flop == pytest.approx(70 / 48, rel=0.1)
-    longer = named(cv.plan(vae, (2, 33, 12, 16), tile=(12, 16)).decode)["whole"]
-    assert longer.flop / decode["whole"].flop == pytest.approx(33 / 17, rel=0.1)
+    ratio = named(longer.decode)["whole"].flop / decode["whole"].flop
+    assert ratio == pytest.approx(33 / 17, rel=0.1)
 
 
 def test_the_cheapest_that_fits(plan):
@@ -239,15 +250,8 @@ def test_what_the_compiler_finds_no_room_for_does_not_fit(vae, monkeypatch):
         def lower(self):
             return Lowered(self._traced.lower())
 
-    class Jitted:
-        def __init__(self, *args, **options):
-            self._jitted = jit(*args, **options)
-
-        def trace(self, *args):
-            return Traced(self._jitted.trace(*args))
-
-    jit = jax.jit
-    monkeypatch.setattr(_plan.jax, "jit", Jitted)
+    trace = _plan.traced_step
+    monkeypatch.setattr(_plan, "traced_step", lambda *args: Traced(trace(*args)))
     tight = cv.plan(vae, (1, 5, 8, 12), tile=(8, 8), overlap=(0, 0.5))
     assert named(tight.decode)["whole"].peak == float("inf")
     assert tight.best("decode").name == "tiled"
@@ -260,3 +264,99 @@ def test_on_a_topology_that_is_not_there_nothing_says_how_much_there_is():
             raise NotImplementedError
 
     assert _plan._limit(Device()) is None
+
+
+# Two processes that share a folder of compiled programs. The second one notes how many programs
+# each call finds there, and the names of those that it adds.
+MODEL = f"""
+import json, os, sys
+import equinox as eqx
+import jax
+import eqx_cogvae as cv
+vae = cv.VAE(cv.Config(**{CONFIG.to_dict()}), key=jax.random.key(0))
+"""
+PLANNING = """
+plan = cv.plan(vae, (1, 17, 8, 12), tile=(8, 8), overlap=(0, 0))
+plan.decode[-1].compile()
+"""
+CALLING = """
+found, said = [], {}
+note = lambda event, **_: found.append(event) if event.endswith("/cache_hits") else None
+jax.monitoring.register_event_listener(note)
+x = {8: jax.numpy.zeros((1, 17, 8, 12, 3)), 2: jax.numpy.zeros((1, 9, 4, 6, 3))}
+for step, size, tile in ((vae.encode_step, 8, 8), (vae.decode_step, 2, 4)):
+    whole = cv.framewise(step, size)
+    for name, call in {
+        "whole": whole,
+        "tiled": cv.tiled(whole, (tile, tile), (0, 0)),
+        "streamed": lambda x: list(cv.streamed(step, size)(x)),
+    }.items():
+        kept, before = set(os.listdir(sys.argv[1])), len(found)
+        jax.block_until_ready(call(x[size]))
+        added = [each.partition("-")[0] for each in set(os.listdir(sys.argv[1])) - kept]
+        said[f"{size}, {name}"] = len(found) - before, sorted(set(added))
+print(json.dumps(said))
+"""
+# The programs that cut and join arrays.
+SMALL = {"jit_blend", "jit_concatenate", "jit_slice", "jit_unstack"}
+
+
+def test_after_a_plan_the_first_call_compiles_nothing(tmp_path):
+    """But for what cuts and joins arrays; a plan alone leaves out tiles that an edge cuts."""
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for code in (PLANNING, CALLING):
+        command = [sys.executable, "-c", MODEL + code, str(tmp_path)]
+        said = subprocess.check_output(command, env=os.environ | settings)
+    said = json.loads(said)
+    step = {"jit__frame_batch"}
+    assert {name: step & set(added) for name, (_, added) in said.items()} == {
+        "8, whole": set(),
+        "8, tiled": step,
+        "8, streamed": set(),
+        "2, whole": set(),
+        "2, tiled": set(),
+        "2, streamed": set(),
+    }
+    for name, (found, added) in said.items():
+        assert set(added) <= SMALL | step
+        # A stream shares its first program with the whole.
+        assert found >= (2 if "whole" in name else 1 if "streamed" in name else 0), name
+    # A clip's two programs of whole tiles are those of no other way; so are two of cut ones.
+    assert said["2, tiled"][0] == 4
+
+
+@pytest.mark.parametrize("put", [True, False])
+def test_planned_programs_are_those_of_arrays_put_on_a_device_or_on_none(put, vae, monkeypatch):
+    """JAX takes the two for different arguments; nothing is compiled."""
+    lowered = []
+
+    class Noted(Exception):
+        pass
+
+    def note(*args):
+        lowered.append(trace(*args).lower())
+        if len(lowered) == 2:
+            raise Noted
+        return SimpleNamespace(jaxpr=trace(*args).jaxpr, lower=lambda: Uncompiled())
+
+    class Uncompiled:
+        out_info = property(lambda self: lowered[0].out_info)
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    device = jax.devices()[0] if put else None
+    place = lambda x: jax.device_put(x, device) if eqx.is_array(x) else x  # noqa: E731
+    model, x = jax.tree.map(place, vae), place(jnp.ones((1, 17, 8, 12, 3)))
+    trace = _plan.traced_step
+    monkeypatch.setattr(_plan, "traced_step", note)
+    with pytest.raises(Noted):
+        cv.plan(model, x.shape, device=device)
+    shapes = jax.eval_shape(lambda x: vae.encode_step(x)[1], x[:, :9])
+    cache = jax.tree.map(lambda x: place(jnp.ones(x.shape)), shapes)
+    for program, *args in ((lowered[0], x[:, :9], None), (lowered[1], x[:, :8], cache)):
+        assert program.as_text() == trace((model.encode_step, args[0]), args[1]).lower().as_text()

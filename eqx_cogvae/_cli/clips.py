@@ -15,7 +15,7 @@ import numpy as np
 import eqx_cogvae as cv
 
 from .. import _latents, video
-from .._files import Written, atomic, check_writable
+from .._files import Written, atomic, check_folder, check_writable
 from .._frames import LATENT_BATCH, SAMPLE_BATCH, frame_batches
 from ..dataset._decode import to_decode
 from . import options
@@ -42,6 +42,7 @@ _clip_options = options.added(
 @options.path("input", "[IN]", required=False)
 @options.path("output", "[OUT]", required=False)
 @_clip_options
+@options.first()
 @click.option("--seed", type=options.INDEX, help="Of the procedural clip; default: 0.")
 def reconstruct(**given: Any) -> None:
     """Encode and decode a clip, and say how near it comes.
@@ -58,7 +59,7 @@ def reconstruct(**given: Any) -> None:
     encoding, decoding = Stopwatch(), Stopwatch()
     latents, count, _ = _encoded(vae, clip, chosen.sample, encoding)
     compared = Comparison(clip.pieces(), count)
-    decoded = _decoded(vae, latents, count, decoding)
+    decoded = _decoded(vae, latents, count, chosen.first, decoding)
     write(output, compared.watch(decoded), chosen.fps or clip.fps)
     video.filmstrip(*compared.rows(), n=STRIP, path=strip)
     print(f"{count} frames of {clip.height}x{clip.width} from {clip.name}, reconstructed: {output}")
@@ -100,6 +101,7 @@ def encode(**given: Any) -> None:
 @options.path("output", "OUT")
 @options.model()
 @options.layout()
+@options.first()
 def decode(**given: Any) -> None:
     """Decode a latents file, IN.safetensors, into a video, OUT.
 
@@ -123,9 +125,9 @@ def decode(**given: Any) -> None:
             f"warning: these latents were encoded by model {record.fingerprint}, "
             f"and {chosen.model} is {mine}"
         )
-    array, count = to_decode(vae, record)
+    array, count = to_decode(vae, record, chosen.first)
     watch = Stopwatch()
-    decoded = _decoded(vae, np.asarray(array), count, watch)
+    decoded = _decoded(vae, np.asarray(array), count, chosen.first, watch)
     write(output, decoded, fps)
     print(f"latents {array.shape} to {count} frames: {output}")
     _print_costs(decode=watch)
@@ -210,15 +212,15 @@ def _encoded(
 
 
 def _decoded(
-    vae: cv.VAE, latents: np.ndarray, count: int, watch: Stopwatch
+    vae: cv.VAE, latents: np.ndarray, count: int, first: int | None, watch: Stopwatch
 ) -> Iterator[np.ndarray]:
     """Yields frame batches, and stops at `count` frames.
 
     **Raises:** `ValueError` for latents, or frames, that are not finite.
     """
     _latents.check_latents(latents)
-    batches = len(frame_batches(latents.shape[1], LATENT_BATCH))
-    stream = cv.streamed(vae.decode_step, LATENT_BATCH)(latents)
+    batches = len(frame_batches(latents.shape[1], LATENT_BATCH, first))
+    stream = cv.streamed(vae.decode_step, LATENT_BATCH, first=first)(latents)
     done = 0
     for result in progress(timed(stream, watch), "decode", batches):
         if not np.isfinite(result.astype(np.float32)).all():
@@ -270,8 +272,9 @@ def _check_source(chosen: SimpleNamespace, source: Path) -> None:
 
 def _output(output: Path | None, source: Path | None) -> Path:
     if output is None:
-        Path("out").mkdir(exist_ok=True)
-        output = Path("out") / f"{source.stem if source else 'procedural'}.mp4"
+        check_folder(folder := Path("out"))
+        folder.mkdir(exist_ok=True)
+        output = folder / f"{source.stem if source else 'procedural'}.mp4"
     if source and source.exists() and output.exists() and output.samefile(source):
         raise ValueError(f"{output} is the video that is read: name another file.")
     return _checked(output, (*video.CONTAINERS, _RAW))

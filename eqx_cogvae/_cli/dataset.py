@@ -91,6 +91,7 @@ def encode(**given: Any) -> int:
 @click.command("decode-dataset", cls=options.Command, short_help="Decode many latents files.")
 @_common
 @options.layout()
+@options.first()
 @click.option("--threads", type=int, default=2, help="Files at a time; default: 2.")
 def decode(**given: Any) -> int:
     """Decode a dataset of latents, SRC, into videos in the folder DST.
@@ -104,6 +105,7 @@ def decode(**given: Any) -> int:
         chosen.destination,
         fps=chosen.fps,
         layout=chosen.layout,
+        first=chosen.first,
         shard=chosen.shard,
         threads=chosen.threads,
         progress=_Line("videos"),

@@ -168,6 +168,16 @@ def chosen_sizes(size: Any, height: int | None, width: int | None) -> tuple[tupl
     return ((height, width),)
 
 
+def first() -> Callable:
+    """Returns the option for the number of latents in the first batch."""
+    return click.option(
+        "--first",
+        type=COUNT,
+        metavar="LATENTS",
+        help="Latents decoded first: 1 for CogVideoX-Fun; default: the remainder of pairs.",
+    )
+
+
 def layout() -> Callable:
     """Returns the option for the layout of latents whose file does not say."""
     return click.option("--layout", type=click.Choice(LAYOUTS), help="Where the file does not say.")
@@ -185,6 +195,7 @@ __all__ = [
     "Size",
     "added",
     "chosen_sizes",
+    "first",
     "layout",
     "model",
     "path",

@@ -6,7 +6,7 @@ so that its compile time does not depend on the size of the video. Called while 
 """
 
 import abc
-import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -53,27 +53,56 @@ def jitted_step(
 
     With `ahead` it returns before the device is done, and `cache` stays the caller's.
     """
-    if not ahead:
-        return _donating_step(step_and_frames, cache)
-    arrays, rest = eqx.partition(step_and_frames, lambda x: isinstance(x, jax.Array | np.ndarray))
+    arguments = _arguments(step_and_frames, cache)
+    if ahead:
+        return _keeping_program(*arguments)
+    with warnings.catch_warnings():
+        # A cache of another shape than the next one's cannot be written over.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        try:
+            return jax.block_until_ready(_donating_program(*arguments))
+        except jax.errors.JaxRuntimeError as error:
+            if (own := own_message(error)) is None:
+                raise
+            raise RuntimeError(own) from error
+
+
+def traced_step(
+    step_and_frames: tuple[Step, Any], cache: Cache, ahead: bool = False
+) -> jax.stages.Traced:
+    """Traces the program that `jitted_step` runs, without running it.
+
+    Arrays may be `jax.ShapeDtypeStruct`s. Compiled, the program is found in JAX's persistent
+    cache by a later call.
+    """
+    program = _keeping_program if ahead else _donating_program
+    return program.trace(*_arguments(step_and_frames, cache))
+
+
+def own_message(error: Exception) -> str | None:
+    """Returns the line that `eqx.error_if` says amid a traceback, or None if it is not from it."""
+    _, within, own = " ".join(str(error).split()).partition("EquinoxRuntimeError: ")
+    return own.partition(" -----")[0] if within else None
+
+
+def _arguments(step_and_frames: tuple[Step, Any], cache: Cache) -> tuple[Any, ...]:
+    kinds = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+    arrays, rest = eqx.partition(step_and_frames, lambda x: isinstance(x, kinds))
     leaves, treedef = jax.tree.flatten(rest)
-    return _dispatched_step(arrays, cache, treedef, tuple(leaves))
+    return arrays, cache, treedef, tuple(leaves)
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _donating_step(step_and_frames: tuple[Step, Any], cache: Cache) -> tuple[Any, Cache]:
-    step, frames = step_and_frames
-    return step(frames, cache)
-
-
-# Not by `eqx.filter_jit`, which waits for the device. No buffers are donated, as a CPU would be
-# done with such a program before the call returns.
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _dispatched_step(
+def _frame_batch(
     arrays: PyTree, cache: Cache, treedef: Any, leaves: tuple[Any, ...]
 ) -> tuple[Any, Cache]:
     step, frames = eqx.combine(arrays, jax.tree.unflatten(treedef, leaves))
     return step(frames, cache)
+
+
+# Not by `eqx.filter_jit`, which waits for the device, and lowers no arrays that are shapes only.
+_donating_program = jax.jit(_frame_batch, static_argnums=(2, 3), donate_argnums=1)
+# Without donation, as a CPU would be done with such a program before the call returns.
+_keeping_program = jax.jit(_frame_batch, static_argnums=(2, 3))
 
 
 def cut(x: Any, start: int, stop: int, axis: int = 1) -> Any:
@@ -121,4 +150,6 @@ __all__ = [
     "cut",
     "jitted_step",
     "join",
+    "own_message",
+    "traced_step",
 ]

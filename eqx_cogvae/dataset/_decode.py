@@ -14,7 +14,7 @@ from .. import video
 from .._autoencoder import VAE
 from .._frames import LATENT_BATCH, frame_batches
 from .._latents import Latents, load_latents
-from .._transforms.base import jitted_step
+from .._transforms.base import continued, jitted_step
 from .._transforms.streamed import as_uint8
 from .._types import Cache
 from ._clips import reason
@@ -29,12 +29,12 @@ RESERVED = frozenset(("source", "frames", "fps", "encoded_by", "file"))
 """The names of the manifest's own columns."""
 
 
-def to_decode(vae: VAE, record: Latents) -> tuple[Array, int]:
+def to_decode(vae: VAE, record: Latents, first: int | None = None) -> tuple[Array, int]:
     """Returns latents in the VAE's units, and the number of the video's frames.
 
     Latents in the diffusion model's units are divided by the factor that their file names; the
     model's own factor serves where the file names none. What is decoded beyond the number of
-    frames is padding.
+    frames is padding. `first` latents are decoded in the first batch, as in `framewise`.
     """
     array = jnp.asarray(record.array)
     if record.scaled:
@@ -43,7 +43,7 @@ def to_decode(vae: VAE, record: Latents) -> tuple[Array, int]:
         if ratio != 1:
             array = (array.astype(jnp.float32) * ratio).astype(array.dtype)
         array = vae.unscale_latents(array)
-    count = vae.config.sample_frames(array.shape[1])
+    count = vae.config.sample_frames(array.shape[1], first)
     return array, min(record.frames or count, count)
 
 
@@ -70,6 +70,7 @@ class Decoder:
     fps: float | int | None = None
     layout: str | None = None
     threads: int = 2
+    first: int | None = None
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Result]:
         """Yields the results of latents files, in order."""
@@ -104,11 +105,13 @@ class Decoder:
     def _write(self, item: Item, sha256: str, record: Latents, result: Result) -> None:
         fps = float(self.fps or record.fps or _FPS)
         video.check_rate(fps)
-        array, count = to_decode(self.vae, record)
+        array, count = to_decode(self.vae, record, self.first)
         # A file of another factor was once decoded by the model's: it is another video now.
         own = (record.scaling_factor,) if record.scaled and record.scaling_factor else ()
         factor = () if own == (self.vae.config.scaling_factor,) else own
-        key = digest("decoded", self.weights, sha256, item.name, fps, self.layout, *factor)
+        batching = () if self.first is None else ("first", self.first)
+        options = (fps, self.layout, *factor, *batching)
+        key = digest("decoded", self.weights, sha256, item.name, *options)
         path = prepared(self.root / f"{label(item.name, 80)}-{key[:_DIGITS]}.mp4")
         if not _is_whole(path):
             with result.timing("write"):
@@ -122,17 +125,18 @@ class Decoder:
         self, latents: Float[np.ndarray, "1 t h w c"], count: int, result: Result
     ) -> Iterator[UInt8[np.ndarray, "1 t2 h2 w2 3"]]:
         step, cache, start, done = PixelDecodeStep(self.vae), None, 0, 0
-        for size in frame_batches(latents.shape[1], LATENT_BATCH):
+        for size in frame_batches(latents.shape[1], LATENT_BATCH, self.first):
             if done >= count:
                 return
             with result.timing("decode"):
                 batch = latents[:, start : start + size]
                 (pixels, finite), cache = jitted_step((step, batch), cache)
+                cache = cache if self.first is None else continued(cache)
                 frames = np.asarray(pixels)
             if not finite:
                 raise ValueError(
                     f"its latents decode to NaN or infinite values from frame {done} on: decode "
-                    "with float32 or bfloat16, and look to what made them."
+                    "with float32 or bfloat16, and check what made them."
                 )
             yield frames[:, : count - done]
             start, done = start + size, done + frames.shape[1]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from .._autoencoder import VAE
 from .._latents import Latents, save_latents
+from .._pixels import from_pixels
 from .._posterior import DiagonalGaussian
 from .._transforms.base import jitted_step
 from .._types import Cache
@@ -31,7 +32,7 @@ class PixelStep(eqx.Module):
     def __call__(
         self, pixels: UInt8[Array, "b t h w c"], cache: Cache = None
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], Cache]:
-        return self.vae.encode_step(pixels.astype(jnp.float32) / 127.5 - 1, cache)
+        return self.vae.encode_step(from_pixels(pixels), cache)
 
 
 class Encoder:

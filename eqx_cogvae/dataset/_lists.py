@@ -11,6 +11,7 @@ from typing import Any
 
 from ._text import decoded, parsed, portable
 
+_EXCEL = re.compile(r'"?sep=([^\s"]|\t)"?(?:\r\n?|\n|$)', re.IGNORECASE)
 # A cell may hold any text. The limit is the largest that csv takes on all systems.
 _LONGEST_CELL = 2**31 - 1
 COLUMNS = (
@@ -81,7 +82,11 @@ def _json(path: Path) -> list[Any]:
 
 def _table(path: Path, delimiters: Sequence[str]) -> list[Row]:
     text = decoded(path.read_bytes(), str(path))
-    header, *table = _cells(path, text, _delimiter(text, delimiters)) or [[]]
+    delimiter = _delimiter(text, delimiters)
+    if named := _EXCEL.match(text):
+        # Excel has a first line for the delimiter. Left empty, it keeps the numbers of the others.
+        delimiter, text = named[1], f"\n{text[named.end() :]}"
+    header, *table = _cells(path, text, delimiter) or [[]]
     if len(set(header)) < len(header):
         raise ValueError(f"{path} has two columns of one name in its header: rename one.")
     for number, row in enumerate(table, 1):

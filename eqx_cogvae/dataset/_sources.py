@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .._files import check_name
 from ._lists import LISTS, Row, rows
 from ._text import decoded, parsed, portable, readable
 
@@ -68,7 +69,7 @@ class Item:
             if target.tell() < self.size:
                 raise ValueError(
                     f"{self.name} is cut short with its tar: {target.tell()} of {self.size} "
-                    "bytes are there, copy the tar again."
+                    "bytes are there; copy the tar again."
                 )
             yield Path(target.name), digest
 
@@ -83,6 +84,7 @@ def find(source: str | Path, suffixes: Sequence[str]) -> list[Item]:
     is nothing of that kind; `ImportError` for Parquet without pyarrow.
     """
     source = Path(source)
+    check_name(source)
     suffix = source.suffix.lower()
     if not source.exists():
         raise FileNotFoundError(f"there is no dataset at {source}.")
@@ -91,8 +93,7 @@ def find(source: str | Path, suffixes: Sequence[str]) -> list[Item]:
     elif suffix == ".tar":
         items = _in_tar(source, source.name, suffixes)
     elif suffix in LISTS:
-        named = rows(source, suffixes)
-        items = (Item(readable(n), source.parent / n, rows=(row,)) for n, row in named)
+        items = (_listed(source, name, row) for name, row in rows(source, suffixes))
     elif suffix in suffixes:
         items = [Item(readable(source.name), source)]
     else:
@@ -105,6 +106,16 @@ def find(source: str | Path, suffixes: Sequence[str]) -> list[Item]:
         held = "lists nothing" if suffix in LISTS else "holds nothing"
         raise ValueError(f"{source} {held} that ends in {', '.join(suffixes)}.")
     return sorted(found, key=lambda item: item.name)
+
+
+def _listed(source: Path, name: str, row: Row) -> Item:
+    """Returns the item of a list's row."""
+    title, path = readable(name), source.parent / name
+    try:
+        check_name(name)
+    except ValueError as error:
+        return Item(title, source, rows=(row,), problem=str(error))
+    return Item(title, path, rows=(row,))
 
 
 def shard_of(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:

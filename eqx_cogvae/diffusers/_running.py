@@ -144,7 +144,7 @@ class JaxAutoencoder(WithoutModules):
 
     def _encode(self, x: torch.Tensor, tiles: bool = False) -> torch.Tensor:
         config = self.vae.config
-        _check_tensor(x, config.in_channels)
+        _check_tensor(x, config.in_channels, config.spatial_compression)
         warn_of_frames(x.shape[2], config)
         warn_of_size(x.shape[3], x.shape[4], config.spatial_compression)
         tile = (self.tile_sample_min_height, self.tile_sample_min_width)
@@ -153,7 +153,7 @@ class JaxAutoencoder(WithoutModules):
     def _decode(
         self, z: torch.Tensor, return_dict: bool = True, tiles: bool = False
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        _check_tensor(z, self.vae.config.latent_channels)
+        _check_tensor(z, self.vae.config.latent_channels, 1)
         batches = self.num_latent_frames_batch_size, self.first_latent_frames_batch_size
         if batches[1] is None:
             warn_of_latent_frames(z.shape[2], self.vae.config)
@@ -288,16 +288,20 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return one == other or one.type == other.type == "cpu"
 
 
-def _check_tensor(x: Any, channels: int) -> None:
+def _check_tensor(x: Any, channels: int, smallest: int) -> None:
+    """Raises unless `x` is a tensor, BCTHW, without an empty axis, of `smallest` sides or more."""
+    due = f"(batch, {channels} channels, frames, height, width)"
     if not isinstance(x, torch.Tensor):
-        raise TypeError(
-            f"expected a torch tensor (batch, {channels} channels, frames, height, width), got "
-            f"{_kind(x)}."
-        )
-    if x.ndim != VIDEO_RANK or x.shape[1] != channels:
+        raise TypeError(f"expected a torch tensor {due}, got {_kind(x)}.")
+    shape = tuple(x.shape)
+    if x.ndim != VIDEO_RANK or shape[1] != channels:
+        last = x.ndim == VIDEO_RANK and shape[-1] == channels
+        hint = ": channels are second in torch, use `x.movedim(-1, 1)`" if last else ""
+        raise ValueError(f"expected a tensor {due}, got shape {shape}{hint}.")
+    if 0 in shape or min(shape[3:]) < smallest:
         raise ValueError(
-            f"expected a tensor (batch, {channels} channels, frames, height, width), got shape "
-            f"{tuple(x.shape)}."
+            f"expected a tensor {due} with one clip, one frame and {smallest}x{smallest} in height "
+            f"and width at least, got shape {shape}."
         )
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from .._checks import warn
 from .._pixels import from_pixels
 from ._av import LONGEST_SIDE, check_rate, pyav
 from ._decode import Corrupt, complete, decoded, opened, truncation
@@ -35,7 +35,7 @@ class Info:
 
 
 def info(path: str | os.PathLike) -> Info:
-    """Returns what a video file holds; decodes one frame.
+    """Returns rate, count and size of a video file's frames; decodes one of them.
 
     **Arguments:**
 
@@ -43,7 +43,7 @@ def info(path: str | os.PathLike) -> Info:
 
     **Returns:** an `Info`. Its size is the one that `read` gives without `size`.
 
-    **Raises:** as `read`, but not for damaged frames.
+    **Raises:** as `read`, except for damaged frames.
     """
     with opened(path) as (container, stream):
         frames = stream.frames - sum(entry.is_discard for entry in stream.index_entries)
@@ -78,7 +78,7 @@ def read(
     **Arguments:**
 
     - `path`: a video file; any name is a file's, never a URL.
-    - `start`, `frames`: the first frame and the number of frames; all that follow by default.
+    - `start`, `frames`: the first frame, and the number of frames; None is all that follow.
     - `size`: (height, width) in pixels. Each frame is cropped about its centre to that aspect
         ratio and resized, bicubic and antialiased. Without it, the frames must be of one size.
     - `fps`: another frame rate. Each instant of it shows the nearest frame, and `start` and
@@ -187,12 +187,15 @@ def _check_range(
         if there < start + (frames or 1):
             if corrupt == "raise" and complete(path, stream) < len(stream.index_entries):
                 raise truncation(path, stream, complete(path, stream))
-            raise _too_few(path, there, start, frames)
+            raise _too_few(path, there, start, frames, fps)
 
 
-def _too_few(path: str | os.PathLike, there: int, start: int, frames: int | None) -> ValueError:
+def _too_few(
+    path: str | os.PathLike, there: int, start: int, frames: int | None, fps: float | int | None
+) -> ValueError:
     asked = f"frames {start} to {start + frames - 1}" if frames else f"frame {start} and later"
-    return ValueError(f"{path} holds {there} frames, asked for {asked}: ask for fewer.")
+    rate = "" if fps is None else f" at {fps:g} frames a second"
+    return ValueError(f"{path} holds {there} frames{rate}, asked for {asked}: ask for fewer.")
 
 
 def _shown(
@@ -229,16 +232,15 @@ def _shown(
                 )
             yield resized(pixels, square_size(path, height, width, aspect))
     if there <= start or (frames and there < start + frames):
-        raise _too_few(path, there, start, frames)
+        raise _too_few(path, there, start, frames, fps)
 
 
 def _warn_of_hdr(path: str | os.PathLike, frame: Any) -> bool:
     """Warns of a frame that is HDR; returns True if it is."""
     if is_hdr(frame):
-        warnings.warn(
+        warn(
             f"{path} is HDR ({NAMES[frame.color_trc]}) and is tone-mapped: white of 203 cd/m2 "
             "becomes 1, brighter light is clipped. Grade it to SDR beforehand to keep highlights.",
-            stacklevel=3,
         )
         return True
     return False
