@@ -41,7 +41,7 @@ def _gpu(limit: float, *arguments: str) -> Stage:
 
 _OURS, _EAGER, _SMALL, _LARGE = "eqx_cogvae", "diffusers", "49x480x720", "81x768x1360"
 STAGES = {
-    "tests": Stage(180, ("-m", "pytest", "-q", "-n", "0", str(HERE.parent / "tests/test_gpu.py"))),
+    "tests": Stage(180, ("-m", "pytest", "-v", "-n", "0", str(HERE.parent / "tests/test_gpu.py"))),
     "small": _gpu(150, "--clips", _SMALL, "--ways", _OURS, _EAGER, "--profile"),
     "streams": Stage(100, (str(HERE / "streams.py"), "--clip", _SMALL)),
     "compiled": _gpu(150, "--clips", _SMALL, "--ways", "torch.compile", "--profile"),
@@ -59,12 +59,12 @@ def main() -> None:
     for name in options.stages:
         stage = STAGES[name]
         limit = min(stage.limit, end - time.monotonic())
+        if limit < LEAST:
+            print(f"\n## {name}: no time was left", flush=True)
+            continue
         command = stage.within(limit)
         print(f"\n## {name}, at most {limit:.0f} s\n\n    {' '.join(command)}\n", flush=True)
         if options.dry_run:
-            continue
-        if limit < LEAST:
-            print("no time was left")
             continue
         begun = time.monotonic()
         code = _run([sys.executable, *command], environment, limit)

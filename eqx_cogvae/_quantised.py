@@ -57,8 +57,8 @@ def quantised(vae: _M, dtype: Any) -> _M:
     that all is computed in the dtype that the model had: this saves memory for weights, and no
     time. Everything else stays as it is: biases, norms, pointwise convolutions, and the first,
     the last and the resampling convolutions, which are 2 % of the weights and would add most of
-    the error. Scales of the float8 formats are powers of two, so that a model whose weights were
-    float8 before comes back bit by bit.
+    the error. Scales of the float8 formats are powers of two, so that weights which were of that
+    format before are held bit by bit.
 
     Kernels in 8 bits are not trained and have no gradients; gradients by video, latents and any
     other weights are as before.
@@ -66,15 +66,16 @@ def quantised(vae: _M, dtype: Any) -> _M:
     !!! Example
 
         ```python
-        vae = cv.quantised(cv.from_pretrained(name, dtype=jnp.bfloat16), "float8_e4m3fn")
+        half = cv.from_pretrained("tiny", dtype=jnp.bfloat16)
+        small = cv.quantised(half, "float8_e4m3fn")
         ```
 
     **Arguments:**
 
     - `vae`: a `VAE`, or one with a half removed. For shapes alone, as `plan` takes them, call
         `eqx.filter_eval_shape(cv.quantised, shapes, "float8_e4m3fn")`.
-    - `dtype`: `"float8_e4m3fn"`, `"float8_e5m2"` or `"int8"`. The error of `"int8"` is a third of
-        that of `"float8_e4m3fn"`; but it does not hold published float8 weights exactly.
+    - `dtype`: `"float8_e4m3fn"`, `"float8_e5m2"` or `"int8"`. The error of `"int8"` is the
+        smallest; but it does not hold published float8 weights exactly.
 
     **Returns:** a model of the same type and calls. `dequantised` undoes it, but for the rounding.
 
