@@ -46,8 +46,9 @@ class Adversarial(eqx.Module):
     weight adapts as in VQGAN (Esser et al. 2021, https://arxiv.org/abs/2012.09841) and latent
     diffusion: it is `weight` times the norm of the loss's gradient over the norm of the term's
     gradient, both at the kernel of `decoder.conv_out`, and that ratio is at most 1e4. The kernel
-    may be one that is not trained. Each part of a batch that is cut by `Trainer(accumulate=...)` has a weight of its
-    own. The discriminator descends the `hinge` loss on the same clips, in the same step.
+    may be one that is not trained. Each part of a batch that is cut by `Trainer(accumulate=...)`
+    has a weight of its own. The discriminator descends the `hinge` loss on the same clips, in the
+    same step.
 
     **Arguments:**
 
