@@ -141,12 +141,13 @@ ALLOWED = {
     "optax": ("training/",),
     "ray": ("dataset/_ray.py",),
 }
-MODEL = {"_layers", "_resnet", "_autoencoder"}
+MODEL = {"_layers", "_resnet", "_blocks", "_autoencoder"}
 ABOVE = {
     "_lowering": MODEL | {"_transforms", "video", "_cli", "dataset", "training", "diffusers"},
     "_transforms": MODEL | {"_lowering", "video", "_cli", "dataset", "training", "diffusers"},
-    "_layers": {"_resnet", "_autoencoder", "_transforms"},
-    "_resnet": {"_autoencoder", "_transforms"},
+    "_layers": {"_resnet", "_blocks", "_autoencoder", "_transforms"},
+    "_resnet": {"_blocks", "_autoencoder", "_transforms"},
+    "_blocks": {"_autoencoder", "_transforms"},
     "video": MODEL | {"_cli", "dataset", "training", "diffusers"},
     "dataset": {"_cli", "training", "diffusers"},
     "training": {"_cli", "diffusers"},
