@@ -27,11 +27,13 @@ help:
 demo: .venv/.demo
 	$(BIN)/python -m eqx_cogvae reconstruct $(ARGS)
 
-# Compiling is most of the suite's time, and LLVM's passes are most of that: `make test-full` runs
-# with them. A file's tests share programs, so that each file stays in one process.
-test coverage mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+# Compiling is most of the suite's time. These flags leave out LLVM's optimisations, and XLA's
+# slower way to emit fused loops; `make test-full` runs with both. The tests of a file share
+# programs, so that each file stays in one process.
+FAST_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+test coverage mutants: export XLA_FLAGS ?= $(FAST_COMPILE)
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS)
 
 test-full: .venv/.test
 	$(BIN)/python -m pytest -m full $(ARGS)
@@ -77,7 +79,8 @@ notebooks: .venv/.docs
 # The tests leave them here too: what they have executed is not executed again.
 build/notebooks/%.ipynb: notebooks/%.py $(shell find eqx_cogvae -type f -not -name "*.pyc") | .venv/.docs
 	mkdir -p build/notebooks
-	JAX_PLATFORMS=cpu $(BIN)/python -m jupytext --to notebook --execute --output $@ $<
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=1 \
+		$(BIN)/python -m jupytext --to notebook --execute --output $@ $<
 
 clean:
 	rm -rf build site .venv .jax_cache .hypothesis .pytest_cache .ruff_cache

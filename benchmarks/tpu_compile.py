@@ -61,7 +61,7 @@ def _steps(direction: str, options: argparse.Namespace, mesh: Mesh, size: tuple[
     vae = eqx.filter_eval_shape(
         cv.VAE, config, key=jax.random.key(0), dtype=jnp.dtype(options.dtype)
     )
-    vae, cache = jax.tree.map(lambda x: _placed(x, mesh, PartitionSpec()), vae), None
+    vae, cache = jax.tree.map(lambda x: placed(x, mesh, PartitionSpec()), vae), None
     cell, channels = config.spatial_compression, config.in_channels
     if direction == "decode":
         size, channels = (size[0] // cell, size[1] // cell), config.latent_channels
@@ -69,13 +69,14 @@ def _steps(direction: str, options: argparse.Namespace, mesh: Mesh, size: tuple[
         shape = jax.ShapeDtypeStruct((1, frames[direction], *size, channels), vae.dtype)
         step = vae.encode_step if direction == "encode" else vae.decode_step
         begun = time.perf_counter()
-        lowered = _lowered(step, _placed(shape, mesh, VIDEO), cache, mesh)
+        lowered = lowered_step(step, placed(shape, mesh, VIDEO), cache, mesh)
         if name in options.batches:
             _row(f"{direction}, {name}", lowered, begun)
-        cache = jax.tree.map(lambda s: _placed(s, mesh, VIDEO), lowered.out_info[1])
+        cache = jax.tree.map(lambda s: placed(s, mesh, VIDEO), lowered.out_info[1])
 
 
-def _lowered(step: Callable, x: Any, cache: Any, mesh: Mesh) -> jax.stages.Lowered:
+def lowered_step(step: Callable, x: Any, cache: Any, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces a step on a mesh, which gives its cache away; `x` and the weights are shapes."""
     weights, static = eqx.partition(step, _is_struct)
 
     def run(weights, x, cache):
@@ -110,7 +111,8 @@ def _row(name: str, lowered: jax.stages.Lowered, begun: float) -> None:
         print(f"| {name} | {figures} | {noted} | {seconds:.0f} s |", flush=True)
 
 
-def _placed(x: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+def placed(x: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Returns a shape as one that lies on the mesh; anything else as it is."""
     if not _is_struct(x):
         return x
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))

@@ -16,6 +16,7 @@ from ._latents import (
 )
 from ._plan import Cost as Cost, Plan as Plan, plan as plan
 from ._posterior import DiagonalGaussian as DiagonalGaussian
+from ._quantised import dequantised as dequantised, quantised as quantised
 from ._transforms.framewise import framewise as framewise
 from ._transforms.sharded import best_mesh as best_mesh, sharded as sharded
 from ._transforms.sliced import sliced as sliced

@@ -111,7 +111,20 @@ class ContinuedCache(DecoderCache):
 
 
 class Encoder(eqx.Module):
-    """Maps a frame batch of video to the moments of its latents."""
+    """Maps a frame batch of video to the moments of its latents.
+
+    **Arguments:**
+
+    - `config`: the hyperparameters.
+    - `key`: a `jax.random.key` for random weights.
+    - `dtype`: of the weights.
+    - `pad_mode`: the padding of causal convolutions. `"first"`, that of all published checkpoints,
+        pads time by the cache, or by copies of a clip's first frame, and space by zeros;
+        `"constant"` is another name for it. `"replicate"` pads both by replication, and keeps no
+        cache.
+
+    **Raises:** `ValueError` for another `pad_mode`.
+    """
 
     conv_in: CausalConv3d
     down_blocks: tuple[DownBlock, ...]
@@ -137,7 +150,16 @@ class Encoder(eqx.Module):
     @named_scope("eqx_cogvae.Encoder")
     def __call__(
         self, x: Float[Array, "b t h w c"], cache: EncoderCache | None = None
-    ) -> tuple[Float[Array, "b t2 h2 w2 z"], EncoderCache]:
+    ) -> tuple[Float[Array, "b t2 h2 w2 m"], EncoderCache]:
+        """Encodes one frame batch, without the checks of `VAE.encode_step`.
+
+        **Arguments:**
+
+        - `x`: video in [-1, 1], in the dtype of the weights.
+        - `cache`: from the batch before it; None at a clip's start.
+
+        **Returns:** moments, with `2 * latent_channels` channels, and the cache for the next batch.
+        """
         downs = (None,) * len(self.down_blocks)
         conv_in, down_blocks, mid_block, conv_out = cache or (None, downs, None, None)
         x, conv_in = self.conv_in(x, conv_in)
@@ -151,7 +173,12 @@ class Encoder(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """Maps a frame batch of latents to video."""
+    """Maps a frame batch of latents to video.
+
+    **Arguments:** as for `Encoder`.
+
+    **Raises:** `ValueError` for another `pad_mode`.
+    """
 
     conv_in: CausalConv3d
     mid_block: MidBlock
@@ -177,6 +204,15 @@ class Decoder(eqx.Module):
     def __call__(
         self, latents: Float[Array, "b t h w z"], cache: DecoderCache | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], DecoderCache]:
+        """Decodes one frame batch, without the checks of `VAE.decode_step`.
+
+        **Arguments:**
+
+        - `latents`: in the VAE's own units and the dtype of the weights.
+        - `cache`: from the batch before it; None at a clip's start.
+
+        **Returns:** frames, about in [-1, 1], and the cache for the next batch.
+        """
         ups = (None,) * len(self.up_blocks)
         continued = isinstance(cache, ContinuedCache)
         conv_in, mid_block, up_blocks, conv_out = cache or (None, None, ups, None)
@@ -195,8 +231,8 @@ class VAE(eqx.Module):
     """The CogVideoX video autoencoder.
 
     Video is `(b, t, h, w, 3)` in [-1, 1]; latents are `(b, t', h/8, w/8, 16)` by default, in
-    the VAE's own units. Numbers agree with diffusers' `AutoencoderKLCogVideoX`. Differentiable
-    in forward and in reverse mode, to any order.
+    the VAE's own units. Numbers agree with diffusers' `AutoencoderKLCogVideoX`. The model is
+    differentiable in forward and in reverse mode, to any order.
 
     !!! Example
 
@@ -209,6 +245,18 @@ class VAE(eqx.Module):
         (1, 5, 8, 12, 16)
 
         ```
+
+    **Arguments:**
+
+    - `config`: the hyperparameters, static in the PyTree.
+    - `key`: a `jax.random.key` for random weights; `from_pretrained` loads trained ones.
+    - `dtype`: of the weights, and so of what is computed.
+    - `pad_mode`: the padding of causal convolutions. `"first"`, that of all published checkpoints,
+        pads time by the cache, or by copies of a clip's first frame, and space by zeros;
+        `"constant"` is another name for it. `"replicate"` pads both by replication, and keeps no
+        cache.
+
+    **Raises:** `ValueError` for another `pad_mode`.
     """
 
     config: Config = eqx.field(static=True)
@@ -252,13 +300,20 @@ class VAE(eqx.Module):
     @on_automatic_axes
     def encode_step(
         self, frames: Float[Array, "b t h w c"], cache: EncoderCache | None = None
-    ) -> tuple[Float[Array, "b t2 h2 w2 z"], EncoderCache]:
-        """Encodes one frame batch, given what was cached of those before it.
+    ) -> tuple[Float[Array, "b t2 h2 w2 m"], EncoderCache]:
+        """Encodes one frame batch, given the cache of the batch before it.
 
-        Returns the moments `(b, t', h', w', 2 * latent_channels)`, for
+        **Arguments:**
+
+        - `frames`: video in [-1, 1]: 8 frames, or 9 in a clip's first batch, as the model was
+            trained; any count works.
+        - `cache`: from the step before; None at a clip's start.
+
+        **Returns:** moments with `2 * latent_channels` channels, for
         `DiagonalGaussian.from_moments`, and the cache for the next batch.
 
-        **Raises:** `ValueError` for a wrong rank, channel count or dtype.
+        **Raises:** `ValueError` for a wrong rank, channel count or dtype; `TypeError` for what is
+        no array of JAX or NumPy.
         """
         cell = self.config.spatial_compression
         check_clip(frames, "video", self.config.in_channels, smallest=cell)
@@ -272,9 +327,18 @@ class VAE(eqx.Module):
     def decode_step(
         self, latents: Float[Array, "b t h w z"], cache: DecoderCache | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], DecoderCache]:
-        """Decodes one frame batch, given what was cached of those before it.
+        """Decodes one frame batch, given the cache of the batch before it.
 
-        **Raises:** `ValueError` for a wrong rank, channel count or dtype.
+        **Arguments:**
+
+        - `latents`: in the VAE's own units: 2 latent frames, or 3 in a clip's first batch, as the
+            model was trained; any count works.
+        - `cache`: from the step before; None at a clip's start.
+
+        **Returns:** frames, about in [-1, 1] and not clipped, and the cache for the next batch.
+
+        **Raises:** `ValueError` for a wrong rank, channel count or dtype; `TypeError` for what is
+        no array of JAX or NumPy.
         """
         check_clip(latents, "latents", self.config.latent_channels, smallest=1)
         decoder = self._half("decoder")
@@ -284,11 +348,20 @@ class VAE(eqx.Module):
 
     @bound
     def encode(self, video: Float[AnyArray, "b t h w c"]) -> DiagonalGaussian:
-        """Encodes a clip in frame batches of 8; the first takes the remainder.
+        """Encodes a clip in frame batches of 8; the first batch takes the remainder.
 
-        By default 8k + 1 frames decode to as many; other counts warn. See `pad_frames`.
+        Counts of 8k + 1 frames round-trip; others warn: see `pad_frames`. Sides that are no
+        multiples of 8 are cropped, with a warning.
 
-        **Raises:** `ValueError` for a wrong rank, channel count, dtype or range.
+        **Arguments:**
+
+        - `video`: `(b, t, h, w, 3)`, floating, in [-1, 1].
+
+        **Returns:** the distribution of latents, `(b, t', h/8, w/8, 16)` by default, in the VAE's
+        own units.
+
+        **Raises:** `ValueError` for a wrong rank, channel count, dtype or range, and for NaN;
+        `TypeError` for what is no array of JAX or NumPy.
         """
         check_clip(
             video, "video", self.config.in_channels, smallest=self.config.spatial_compression
@@ -302,11 +375,18 @@ class VAE(eqx.Module):
 
     @bound
     def decode(self, latents: Float[AnyArray, "b t h w z"]) -> Float[Array, "b t2 h2 w2 c"]:
-        """Decodes a clip in frame batches of 2; the first takes the remainder.
+        """Decodes a clip in frame batches of 2; the first batch takes the remainder.
 
-        Values are not clipped to [-1, 1].
+        **Arguments:**
 
-        **Raises:** `ValueError` for a wrong rank, channel count or dtype.
+        - `latents`: `(b, t', h', w', 16)` by default, in the VAE's own units:
+            `unscale_latents` makes them of the diffusion model's.
+
+        **Returns:** video, `(b, t, 8h', 8w', 3)`, about in [-1, 1] and not clipped. An odd count
+        `t'` gives `4 (t' - 1) + 1` frames, an even one `4 t'`.
+
+        **Raises:** `ValueError` for a wrong rank, channel count or dtype; `TypeError` for what is
+        no array of JAX or NumPy.
         """
         check_clip(latents, "latents", self.config.latent_channels, smallest=1)
         with memory_advice(latents.shape):
@@ -315,7 +395,18 @@ class VAE(eqx.Module):
     def __call__(
         self, video: Float[AnyArray, "b t h w c"], *, key: Key | None = None
     ) -> Float[Array, "b t2 h2 w2 c"]:
-        """Reconstructs a clip from latents drawn with `key`, or from their mode without one."""
+        """Encodes and decodes a clip.
+
+        **Arguments:**
+
+        - `video`: `(b, t, h, w, 3)` in [-1, 1].
+        - `key`: a `jax.random.key` to draw latents with; None takes their mode.
+
+        **Returns:** the reconstruction, of the shape of `video` if it has 8k + 1 frames and sides
+        that are multiples of 8.
+
+        **Raises:** as `encode`.
+        """
         posterior = self.encode(video)
         return self.decode(posterior.mode() if key is None else posterior.sample(key))
 
@@ -323,10 +414,18 @@ class VAE(eqx.Module):
     def scale_latents(
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:
-        """Returns `(z - shift - mean) / std * scaling_factor`, the diffusion model's units.
+        """Returns latents in the diffusion model's units.
 
-        `image_condition=True` is for the latents of the picture an image-to-video model starts
-        from: those are divided by the factor where the config sets `invert_scale_latents`.
+        That is `(z - shift - mean) / std * scaling_factor`, by the fields of the config.
+
+        **Arguments:**
+
+        - `latents`: in the VAE's own units.
+        - `image_condition`: True for the latents of the picture that an image-to-video model
+            starts from. They are divided by the factor if the config sets
+            `invert_scale_latents`.
+
+        **Returns:** latents of the same shape and dtype.
 
         **Raises:** `ValueError` for a wrong rank, channel count or dtype.
         """
@@ -339,7 +438,17 @@ class VAE(eqx.Module):
     def unscale_latents(
         self, latents: Float[Array, "b t h w z"], *, image_condition: bool = False
     ) -> Float[Array, "b t h w z"]:
-        """Undoes `scale_latents`: returns latents in the VAE's own units."""
+        """Returns latents in the VAE's own units: the inverse of `scale_latents`.
+
+        **Arguments:**
+
+        - `latents`: in the diffusion model's units.
+        - `image_condition`: as for `scale_latents`.
+
+        **Returns:** latents of the same shape and dtype, for `decode`.
+
+        **Raises:** `ValueError` for a wrong rank, channel count or dtype.
+        """
         check_clip(latents, "latents", self.config.latent_channels, smallest=1)
         shift, std = self._latent_statistics()
         scaled = latents / self._factor(image_condition)

@@ -125,7 +125,8 @@ def warn_of_frames(t: int, config: Config) -> None:
     if back == t and (period == 1 or t % period == 1):
         return
     low = max(t - 1, 0) // period * period + 1
-    outcome = f"come back as {back}" if back != t else "lose the first frame's special place"
+    # Batches of even counts come back, but in none of them a first frame is encoded alone.
+    outcome = f"come back as {back}" if back != t else "have no first frame that is encoded alone"
     warn(
         f"{t} frames {outcome}: the nearest good counts are {low} and {low + period} "
         f"({period}k + 1); `pad_frames` reaches the next, `crop_frames` undoes it."

@@ -41,28 +41,30 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Hyperparameters of a `VAE`: the fields and defaults of diffusers' `AutoencoderKLCogVideoX`.
+    """Hyperparameters of a `VAE`, with the fields and defaults of diffusers' own class.
 
     **Arguments:**
 
-    - `in_channels`, `out_channels`: of video.
-    - `down_block_types`, `up_block_types`: diffusers' names of blocks; when left out they follow
+    - `in_channels`, `out_channels`: channels of video.
+    - `down_block_types`, `up_block_types`: diffusers' names of blocks; if left out they follow
         the length of `block_out_channels`.
     - `block_out_channels`: the width of each level, from full resolution down. Each level but
         the last halves height and width.
-    - `latent_channels`: of latents; the encoder returns twice as many, means and log variances.
+    - `latent_channels`: channels of latents; the encoder returns twice as many, means and log
+        variances.
     - `layers_per_block`: resnets in each block of the encoder; the decoder has one more.
     - `act_fn`: `"silu"`, `"swish"`, `"mish"`, `"gelu"` or `"relu"`.
-    - `norm_eps`, `norm_num_groups`: of the group norms; the groups divide every width.
+    - `norm_eps`, `norm_num_groups`: epsilon and number of groups of the group norms; the number
+        divides every width.
     - `temporal_compression_ratio`: frames per latent frame, a power of two.
-    - `sample_height`, `sample_width`: in pixels, of the videos that were trained on. The network
-        takes any; `EqxAutoencoderKLCogVideoX` makes its tiles half as large.
-    - `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`, `invert_scale_latents`: of
-        the diffusion model's units. They do not touch the network: they serve
-        `VAE.scale_latents`. The two in the middle have an entry for each latent channel.
+    - `sample_height`, `sample_width`: size in pixels of the videos that were trained on. The
+        network takes any size; `EqxAutoencoderKLCogVideoX` makes its tiles half as large.
+    - `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`, `invert_scale_latents`: the
+        diffusion model's units, for `VAE.scale_latents`. The network does not use them.
+        `latents_mean` and `latents_std` have an entry for each latent channel.
     - `force_upcast`: kept for diffusers, and without effect.
-    - `use_quant_conv`, `use_post_quant_conv`: whether a 1x1x1 convolution follows the encoder,
-        and precedes the decoder.
+    - `use_quant_conv`, `use_post_quant_conv`: True if a 1x1x1 convolution follows the encoder, or
+        precedes the decoder.
 
     **Raises:** `ValueError` for a number that makes no network.
     """
@@ -115,23 +117,38 @@ class Config:
 
     @property
     def temporal_levels(self) -> int:
-        """Number of blocks that would halve the frame count, were there enough of them."""
+        """Base-2 logarithm of `temporal_compression_ratio`."""
         return int(math.log2(self.temporal_compression_ratio))
 
     @property
     def temporal_compression(self) -> int:
-        """Sample frames per latent frame, in a steady frame batch."""
+        """Sample frames per latent frame in a steady frame batch.
+
+        Each level but the last halves the frame count at most once.
+        """
         return 2 ** min(self.temporal_levels, len(self.block_out_channels) - 1)
 
     def latent_frames(self, t: int) -> int:
-        """Returns how many latent frames `t` sample frames encode to."""
+        """Returns how many latent frames a clip encodes to.
+
+        **Arguments:**
+
+        - `t`: number of sample frames.
+
+        **Returns:** number of latent frames, for frame batches of 8.
+        """
         return sum(map(self._down, frame_batches(t, SAMPLE_BATCH)))
 
     def sample_frames(self, t: int, first: int | None = None) -> int:
-        """Returns how many sample frames `t` latent frames decode to.
+        """Returns how many sample frames a clip decodes to.
 
-        `first` is the number of latent frames in the first batch, as in `framewise`; None lets it
-        take the remainder.
+        **Arguments:**
+
+        - `t`: number of latent frames.
+        - `first`: number of latent frames in the first batch, as in `framewise`; None lets it
+            take the remainder.
+
+        **Returns:** number of sample frames, for frame batches of 2.
         """
         if first is None:
             return sum(map(self._up, frame_batches(t, LATENT_BATCH)))
@@ -157,8 +174,12 @@ class Config:
     def from_dict(cls, fields: Mapping[str, Any]) -> "Config":
         """Returns the config in the contents of a diffusers `config.json`.
 
-        Keys that begin with `_` are diffusers' own. Those that change nothing in this network,
-        such as `sample_size`, are ignored with a warning.
+        **Arguments:**
+
+        - `fields`: keys and values. Keys that begin with `_` are diffusers' own. Keys that change
+            nothing in this network, such as `sample_size`, are ignored with a warning.
+
+        **Returns:** the config.
 
         **Raises:** `ValueError` for another unknown key, or another model's configuration.
         """
@@ -168,16 +189,25 @@ class Config:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns every field, ready for JSON; `Config.from_dict` reads it back."""
+        """Returns every field, ready for JSON.
+
+        **Returns:** keys and values that `Config.from_dict` reads back.
+        """
         fields = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
     def preset(cls, name: str) -> "Config":
-        """The configuration of a published checkpoint.
+        """Returns the configuration of a published checkpoint.
 
-        `"CogVideoX-2b"`, `"CogVideoX-5b"`, `"CogVideoX1.5-5B"` (an owner before a slash is
-        ignored) or `"tiny"`, the architecture of the embedded weights.
+        **Arguments:**
+
+        - `name`: `"CogVideoX-2b"`, `"CogVideoX-5b"`, `"CogVideoX1.5-5B"`, or `"tiny"`, the
+            architecture of the embedded weights. Case and an owner before a slash are ignored.
+
+        **Returns:** the config.
+
+        **Raises:** `ValueError` for another name.
         """
         key = name.rsplit("/", 1)[-1].lower()
         if key not in _PRESETS:
@@ -227,8 +257,7 @@ def _check_integers(config: Config) -> None:
     for name, value, most in named:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise ValueError(
-                f"`{name}` must hold whole numbers of at least 1, got {shown(value)}: "
-                f"the most are {most}."
+                f"`{name}` must hold whole numbers from 1 to {most}, got {shown(value)}."
             )
 
 

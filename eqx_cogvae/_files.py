@@ -145,7 +145,9 @@ def check_regular(path: str | os.PathLike) -> None:
     check_name(path)
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(f"{path} is a pipe or a device: copy what it gives to a file, and name that.")
+        raise OSError(
+            f"{path} is a pipe or a device: copy its content to a file, and name that file."
+        )
 
 
 __all__ = [

@@ -31,7 +31,13 @@ def round_trip_period(temporal_compression: int) -> int:
 
 
 def pad_frames(video: Float[AnyArray, "b t h w c"]) -> tuple[Float[AnyArray, "b t2 h w c"], int]:
-    """Repeats the last frame up to the next 8k + 1; returns the old count for `crop_frames`.
+    """Repeats the last frame until there are 8k + 1, the counts that round-trip.
+
+    **Arguments:**
+
+    - `video`: `(b, t, h, w, c)`.
+
+    **Returns:** the video, `(b, 8k + 1, h, w, c)`, and the old count `t`, for `crop_frames`.
 
     **Raises:** `ValueError` unless there are five axes.
     """
@@ -50,6 +56,13 @@ def _repeated(video: AnyArray, count: int) -> AnyArray:
 
 def crop_frames(video: Float[AnyArray, "b t2 h w c"], t: int) -> Float[AnyArray, "b t h w c"]:
     """Returns the first `t` frames: undoes `pad_frames` after decoding.
+
+    **Arguments:**
+
+    - `video`: `(b, t2, h, w, c)`.
+    - `t`: number of frames to keep.
+
+    **Returns:** the video, `(b, t, h, w, c)`.
 
     **Raises:** `ValueError` for more frames than there are, or unless there are five axes.
     """

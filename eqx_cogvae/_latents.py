@@ -1,4 +1,4 @@
-"""The latents file: one safetensors tensor, and in its metadata all that decoding needs."""
+"""Latents files: one safetensors tensor, and in its metadata all that decoding needs."""
 
 import dataclasses
 import math
@@ -31,14 +31,25 @@ _PICKLED = (
 # Compared by identity: arrays have no truth value.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Latents:
-    """Latents with what their file says of them; None where it says nothing.
+    """Latents, together with what their file says of them.
 
-    `array` is BTHWC, whatever the file's layout. `scaled` tells that it is in the diffusion
-    model's units, by `scaling_factor`, rather than in the VAE's. `height`, `width` and `frames`
-    are the video's, in pixels and before padding; `padded` is the frame count that was encoded.
-    `logvar`, where it is there, makes `array` the mean of a posterior. Of a dataset's clip,
-    `source` and `source_sha256` name the video, `start` its first frame, at `fps`, and `seed` the
-    `jax.random.key` that the latents were drawn with.
+    A field is None if the file does not have it.
+
+    **Arguments:**
+
+    - `array`: the latents, BTHWC whatever the file's layout.
+    - `scaled`: True if they are in the diffusion model's units, False if in the VAE's own.
+    - `scaling_factor`: the factor between the two units.
+    - `invert_scale_latents`: the config's field of that name.
+    - `fps`: frames per second of the video.
+    - `height`, `width`: size of the video in pixels.
+    - `frames`: number of frames of the video, before padding.
+    - `padded`: number of frames that were encoded.
+    - `fingerprint`: `cv.fingerprint` of the model that encoded them.
+    - `logvar`: log variances of the posterior; `array` is then its mean.
+    - `source`, `source_sha256`: name and hash of the video file that a dataset's clip is from.
+    - `start`: the clip's first frame in that video, at `fps`.
+    - `seed`: of the noise, for `dataset.noise_key`, if the latents were drawn.
     """
 
     array: Float[np.ndarray, "b t h w c"]
@@ -64,7 +75,7 @@ def save_latents(path: str | os.PathLike, latents: Latents, *, layout: str = "BT
     **Arguments:**
 
     - `path`: the file.
-    - `latents`: what it is to hold.
+    - `latents`: the latents and their metadata.
     - `layout`: `"BTHWC"`, or `"BCTHW"`, which is diffusers' order of axes.
 
     **Raises:** `ValueError` for NaN or infinite values, a wrong rank, dtype or layout, a `logvar`
@@ -112,8 +123,8 @@ def load_latents(
 
     - `path`: the file.
     - `channels`: the model's `latent_channels`, which the latents must have.
-    - `layout`: of a file that does not say its own; None is the one that alone puts `channels`
-        in its place.
+    - `layout`: `"BTHWC"` or `"BCTHW"`, for a file that does not say. None takes the one in
+        which the axis of channels has `channels` entries, if only one does.
 
     **Returns:** the latents, BTHWC whatever the file's layout.
 
@@ -128,7 +139,10 @@ def load_latents(
     if own is not None:
         check_layout(own, f" in the metadata of {path}")
     if own and layout and own != layout:
-        raise ValueError(f"{path} says that its layout is {own}, asked to read it as {layout}.")
+        raise ValueError(
+            f"{path} has the layout {own} in its metadata, and `layout` is {layout}: leave the "
+            "argument out."
+        )
     layout = own or layout or _layout_of(path, array.shape, channels)
     if layout == "BCTHW":
         array = np.moveaxis(array, 1, -1)
@@ -149,8 +163,8 @@ def load_latents(
         return Latents(array, logvar=logvar, **_fields(metadata))
     except ValueError as error:
         raise ValueError(
-            f"{path} has {error} in its metadata, which cannot be: encode it again, or save the "
-            "tensor without metadata."
+            f"{path} has a bad value in its metadata, {error}: encode it again, or save the tensor "
+            "without metadata."
         ) from error
 
 
@@ -179,8 +193,8 @@ def check_latents(
         first = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
             f"{what} hold {int(wrong.sum())} NaN or infinite values of {wrong.size}, the first at "
-            f"(b, t, h, w, c) = {first}: it is the latents that are broken, not the VAE; "
-            "look to what made them, often float16 or a diffusion step that overflowed."
+            f"(b, t, h, w, c) = {first}: the latents are broken, not the VAE; "
+            "check what made them, often float16 or a diffusion step that overflowed."
         )
 
 
@@ -206,8 +220,8 @@ def _array(path: Path, stored: Stored) -> np.ndarray:
         raise ValueError(f"latents in {path} must be floating, got {stored.dtype}.")
     if len(stored.shape) != 5 or 0 in stored.shape:
         raise ValueError(
-            f"latents in {path} must have five axes, got shape "
-            f"{reprlib.repr(stored.shape)}, of which none may be empty."
+            f"latents in {path} must have five axes, none of them empty, got shape "
+            f"{reprlib.repr(stored.shape)}."
         )
     return stored.read()
 
@@ -229,8 +243,8 @@ def _layout_of(path: Any, shape: tuple[int, ...], channels: int | None) -> str:
         )
     if len(found) != 1:
         raise ValueError(
-            f"{path} does not say its layout, and shape {shape} leaves it open: "
-            "name one of BTHWC or BCTHW."
+            f"{path} does not say its layout, and shape {shape} does not tell it: "
+            "give BTHWC or BCTHW as the layout."
         )
     return found[0]
 

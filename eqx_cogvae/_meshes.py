@@ -42,10 +42,11 @@ def on_automatic_axes(method: _F) -> _F:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **options: Any) -> Any:
-        mesh = explicit_mesh((self, args, options))
+        video_first = (args or options.get(first), args, options, self)
+        mesh = explicit_mesh(video_first)
         if mesh is None:
             return method(self, *args, **options)
-        spec = video_spec((args or options.get(first), args, options))
+        spec = video_spec(video_first)
         call = lambda self, args, options: method(self, *args, **options)  # noqa: E731
         return automatically(call, (self, args, options), mesh, spec)
 
@@ -53,7 +54,7 @@ def on_automatic_axes(method: _F) -> _F:
 
 
 def explicit_mesh(tree: PyTree) -> Any:
-    """Returns the mesh with explicit axes that an array's type or the context names, or None."""
+    """Returns the mesh with explicit axes that an array names first, or the context, or None."""
     meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree) if eqx.is_array(x)]
     return next((m for m in (*meshes, jax.sharding.get_abstract_mesh()) if _is_explicit(m)), None)
 

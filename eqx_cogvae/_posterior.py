@@ -26,7 +26,15 @@ class DiagonalGaussian(eqx.Module):
     @classmethod
     @eqx.filter_jit
     def from_moments(cls, moments: Float[Array, "b t h w m"]) -> "DiagonalGaussian":
-        """Splits the encoder's channels: means, then log variances, clamped to [-30, 20]."""
+        """Returns the distribution that a step of the encoder describes.
+
+        **Arguments:**
+
+        - `moments`: `(b, t, h, w, m)`: means in the first half of the channels, log variances in
+            the second.
+
+        **Returns:** the distribution, its log variances clamped to [-30, 20].
+        """
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return cls(mean, jnp.clip(logvar, *_LOGVAR_RANGE))
 
@@ -36,17 +44,34 @@ class DiagonalGaussian(eqx.Module):
         return _std(self.logvar)
 
     def mode(self) -> Float[Array, "b t h w c"]:
-        """Returns the mean, which is the most likely value."""
+        """Returns the most likely latents, `(b, t, h, w, c)`: the mean.
+
+        **Returns:** latents in the VAE's own units.
+        """
         return self.mean
 
     @eqx.filter_jit
     def sample(self, key: Key) -> Float[Array, "b t h w c"]:
-        """Draws latents at random; differentiable in `mean` and `logvar`."""
+        """Draws latents at random, differentiably in `mean` and `logvar`.
+
+        **Arguments:**
+
+        - `key`: a `jax.random.key`.
+
+        **Returns:** latents, `(b, t, h, w, c)`, in the VAE's own units.
+        """
         return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
     @eqx.filter_jit
     def kl(self, other: "DiagonalGaussian | None" = None) -> Float[Array, " b"]:
-        """Returns the KL divergence to `other`, or to the unit Gaussian, in nats, of each clip."""
+        """Computes the KL divergence to another distribution.
+
+        **Arguments:**
+
+        - `other`: of the same shape; None is the unit Gaussian.
+
+        **Returns:** nats, `(b,)`, summed over all axes but the batch, in at least float32.
+        """
         mean, logvar = _upcast(self.mean, self.logvar)
         if other is None:
             terms = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
@@ -58,7 +83,14 @@ class DiagonalGaussian(eqx.Module):
 
     @eqx.filter_jit
     def nll(self, x: Float[Array, "b t h w c"]) -> Float[Array, " b"]:
-        """Returns the negative log likelihood of each clip of `x`, in nats."""
+        """Computes the negative log likelihood of latents.
+
+        **Arguments:**
+
+        - `x`: latents, `(b, t, h, w, c)`, in the VAE's own units.
+
+        **Returns:** nats, `(b,)`, summed over all axes but the batch, in at least float32.
+        """
         mean, logvar, x = _upcast(self.mean, self.logvar, x)
         terms = math.log(2 * math.pi) + logvar + jnp.square(x - mean) * jnp.exp(-logvar)
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3, 4))

@@ -217,10 +217,10 @@ class Preview(eqx.Module):
         check_clip(frames, "video", 3, smallest=_SPATIAL)
         if isinstance(cache, Ended):
             raise ValueError(
-                f"a batch of {cache.frames} frames was padded to the next multiple of {_FRAMES}, "
-                "which only a clip's last batch may be, and another one follows: leave the "
-                "remainder to the last batch, as "
-                f"`framewise(preview.encode_step, {SAMPLE_BATCH}, first={SAMPLE_BATCH})` does."
+                f"a batch of {cache.frames} frames was padded to a multiple of {_FRAMES}, and "
+                "another batch follows; only a clip's last batch may be padded: use "
+                f"`framewise(preview.encode_step, {SAMPLE_BATCH}, first={SAMPLE_BATCH})`, which "
+                "leaves the remainder to the last batch."
             )
         t = frames.shape[1]
         tail = jnp.repeat(frames[:, -1:], -t % _FRAMES, axis=1)
@@ -321,7 +321,7 @@ def load(path: str | os.PathLike, *, dtype: Any = None) -> Preview:
         if array.shape != leaf.shape or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
                 f"{path} is no preview of CogVideoX: its {name} is {array.dtype} of "
-                f"{tensors[name].shape}, and floating, for {leaf.shape[-1]} channels, is due; "
+                f"{tensors[name].shape}, and must be floating, for {leaf.shape[-1]} channels; "
                 f"give {_PUBLISHED}."
             )
         arrays.append(jnp.asarray(array, dtype))

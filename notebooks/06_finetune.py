@@ -9,12 +9,12 @@
 # %% [markdown]
 # # Fine-tune the decoder on one clip
 #
-# A published VAE has seen many clips and none of yours. Here its decoder learns one clip more,
-# with `eqx_cogvae.training`, while the encoder, and with it every latent, stays as it is. You will
-# meet the trainer, its state, the moving average of the weights, and a run that is stopped and
-# resumed. Runs offline, in about a minute.
+# A published VAE has not seen your clips. Here its decoder learns one more clip, while the
+# encoder, and so every latent, stays the same. After this notebook you can set up a `Trainer`,
+# read its state, use the moving average of the weights, and stop and resume a run. It runs
+# offline.
 
-# %%
+# %% tags=["setup"]
 import os
 import tempfile
 from pathlib import Path
@@ -29,21 +29,23 @@ import optax
 import eqx_cogvae as cv
 from eqx_cogvae import training, video
 
-plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
+plt.rcParams.update(
+    {"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9}
+)
 
-# On a CPU half the time to compile, and about as fast after it: JAX reads it when it first computes.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 clip = jnp.asarray(video.procedural_clip(9, 32, 48, seed=100))
 
 
 def strip(rows):
-    """Five frames of each clip, a row for each with its name."""
+    """Shows five frames of each clip, one named row for each."""
     clips = list(rows.values())
     picture = video.filmstrip(*clips, n=5)
     height, width = clips[0].shape[2:4]
-    figure, axes = plt.subplots(figsize=(7.2, 6.6 * picture.shape[0] / picture.shape[1] + 0.3))
+    figure, axes = plt.subplots(
+        figsize=(7.2, 6.6 * picture.shape[0] / picture.shape[1] + 0.3)
+    )
     axes.imshow(picture, interpolation="nearest")
     times = np.linspace(0, clips[0].shape[1] - 1, 5).round().astype(int)
     axes.set_xticks((np.arange(5) + 0.5) * width, [f"frame {i}" for i in times])
@@ -54,12 +56,12 @@ def strip(rows):
 
 
 # %% [markdown]
-# The weights are read in float32, whatever they were saved in. Steps of training are small, and
-# added to a bfloat16 weight most of them would be rounded away.
+# The weights are loaded in float32, whatever type the file has. Training steps are small, and
+# bfloat16 would round most of them away.
 #
 # ## Before
 #
-# The clip, and what the model makes of it. Look at the texture and the edges.
+# The clip and its reconstruction. The texture and the edges differ.
 
 # %%
 reconstruct = eqx.filter_jit(lambda vae, clip: vae(clip))
@@ -72,7 +74,7 @@ strip({"clip": clip, "before": before})
 # ## What is trained
 #
 # Tensors are chosen by the names that diffusers gives them. `training.decoder_only` is a function
-# of such a name, as any `lambda name: "norm" in name` is. What is not chosen is held fixed.
+# of a name, and so is `lambda name: "norm" in name`. All other tensors stay fixed.
 
 # %%
 for name in ("encoder.conv_in.conv.weight", "decoder.conv_in.conv.weight"):
@@ -81,11 +83,12 @@ for name in ("encoder.conv_in.conv.weight", "decoder.conv_in.conv.weight"):
 # %% [markdown]
 # ## The trainer
 #
-# A `Trainer` holds what stays the same in a run: optimiser, loss, which tensors are trained. A
-# `TrainState` holds what a step changes: weights, their moving average, the optimiser's state and
-# the count of steps. A step is a function from one state to the next.
+# A `Trainer` holds what stays the same in a run: the optimiser, the loss, and which tensors are
+# trained. A `TrainState` holds what a step changes: the weights, their moving average, the state
+# of the optimiser, and the number of steps. A step is a function from one state to the next.
 #
-# `ClipLoss` is a weighted sum. The KL divergence is a matter of the encoder, so its weight is zero.
+# `ClipLoss` is a weighted sum of terms. The KL divergence depends on the encoder alone, so its
+# weight is zero here.
 
 # %%
 STEPS, SAVED = 200, 190
@@ -105,16 +108,18 @@ def count(tree):
 
 print(f"weights: encoder {count(vae.encoder):,}, decoder {count(vae.decoder):,}")
 print(f"numbers that Adam keeps: {count(state.optimiser):,}")
-# Two moments of each decoder weight, none of the encoder's, and some counters.
+# Adam keeps two moments of each decoder weight, none of the encoder's, and counters.
 trained = count(vae.decoder) + count(vae.post_quant_conv)
+
+# %% tags=["check"]
 assert 2 * trained <= count(state.optimiser) < 2 * trained + 10
 
 # %% [markdown]
 # ## Two hundred steps
 #
-# The state that goes into a step is used up by it: its memory becomes that of the next state. The
-# key is the same every time, since a step mixes the count of steps into it. Near the end the state
-# is saved, for later.
+# A step reuses the memory of the state that it receives, so that state cannot be used again. The
+# key is the same for each step, because a step mixes its number into the key. Near the end we
+# save the state.
 
 # %%
 folder = tempfile.TemporaryDirectory()
@@ -126,15 +131,19 @@ for step in range(STEPS):
     state, metrics = trainer.step(state, clip, key)
     losses.append(float(metrics["loss"]))
     if step % 20 == 19:
-        each = [video.psnr(reconstruct(m, clip), clip) for m in (state.model, state.average)]
+        each = [
+            video.psnr(reconstruct(m, clip), clip) for m in (state.model, state.average)
+        ]
         measured.append((step + 1, *each))
 
 # %% [markdown]
-# On the left the loss. On the right the PSNR of the weights and of their moving average, which lags
-# behind a little. With a learning rate that falls to zero the two meet at the end.
+# The left chart shows the loss. The right one shows the PSNR of the weights and of their moving
+# average, which lags slightly. The learning rate falls to zero, so the two meet at the end.
 
 # %%
 steps, of_model, of_average = zip(*measured, strict=True)
+
+# %% tags=["drawing"]
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8))
 axes[0].semilogy(losses)
 axes[0].set(xlabel="step", ylabel="loss (weighted L1 and L2)")
@@ -144,7 +153,11 @@ axes[1].plot(steps, of_average, ".-", label="moving average")
 axes[1].set(xlabel="step", ylabel="PSNR, dB")
 axes[1].legend()
 plt.show()
+
+# %%
 print(f"at the end {of_model[-1]:.2f} dB, the average {of_average[-1]:.2f} dB")
+
+# %% tags=["check"]
 assert np.mean(losses[-20:]) < np.mean(losses[:20])
 assert of_average[0] < of_model[0]
 assert abs(of_average[-1] - of_model[-1]) < 0.1
@@ -152,23 +165,25 @@ assert abs(of_average[-1] - of_model[-1]) < 0.1
 # %% [markdown]
 # ## After
 #
-# Edges and colours are near the clip's now; the finest texture is not all there.
+# Edges and colours are now close to those of the clip. The finest texture is still missing.
 
-# %%
+# %% tags=["cover"]
 tuned = state.average
 after = reconstruct(tuned, clip)
 print(f"PSNR before {start:.2f} dB, after {video.psnr(after, clip):.2f} dB")
-assert video.psnr(after, clip) > start + 1
 strip({"clip": clip, "before": before, "after": after})
 
+# %% tags=["check"]
+assert video.psnr(after, clip) > start + 1
+
 # %% [markdown]
-# And as a film: the clip, before, after.
+# The film shows the clip, the reconstruction before, and the reconstruction after.
 
 # %%
 video.show(jnp.concatenate([clip, before, after], axis=3), fps=8, width=700)
 
 # %% [markdown]
-# Frame by frame, to see that none was bought at the price of another.
+# Every frame has improved, not only the mean.
 
 
 # %%
@@ -176,19 +191,22 @@ def by_frame(decoded):
     return [video.psnr(decoded[:, i], clip[:, i]) for i in range(clip.shape[1])]
 
 
+# %% tags=["drawing"]
 figure, axes = plt.subplots(figsize=(7, 2.4))
 axes.plot(by_frame(before), ".-", label="before")
 axes.plot(by_frame(after), ".-", label="after")
 axes.set(xlabel="frame", ylabel="PSNR, dB", xticks=range(clip.shape[1]))
 axes.legend()
 plt.show()
+
+# %% tags=["check"]
 assert all(a > b for a, b in zip(by_frame(after), by_frame(before), strict=True))
 
 # %% [markdown]
-# ## The encoder has not moved by a bit
+# ## The encoder has not changed
 #
-# Latents that were encoded before still fit the new decoder, and a diffusion model that makes such
-# latents need not be trained again.
+# Latents from before still fit the new decoder, and a diffusion model that produces such latents
+# need not be trained again. The check compares the encoder's weights bit for bit.
 
 
 # %%
@@ -197,25 +215,28 @@ def equal(a, b):
     return [bool(np.array_equal(x, y)) for x, y in pairs]
 
 
+# %% tags=["check"]
 for model in (state.model, state.average):
     assert all(equal(vae.encoder, model.encoder))
     assert not any(equal(vae.decoder.conv_out, model.decoder.conv_out))
 
 # %% [markdown]
-# Another clip was not asked. It may gain from what was learned, where it is alike, or lose, where
-# it is not. So measure on clips that you did not train on.
+# The decoder was trained on one clip. Another clip may gain if it is similar, or lose if it is
+# not. So measure on clips that were not used in training.
 
 # %%
 other = jnp.asarray(video.procedural_clip(9, 32, 48, seed=101))
 for name, model in (("before", vae), ("after", tuned)):
-    print(f"another clip, {name}: {video.psnr(reconstruct(model, other), other):.2f} dB")
+    print(
+        f"another clip, {name}: {video.psnr(reconstruct(model, other), other):.2f} dB"
+    )
 
 # %% [markdown]
-# ## Stopped and resumed
+# ## Stop and resume
 #
-# The file from step 190, read into a fresh state, as a new process would do it. The last ten steps
-# are taken once more. Random numbers come from the key and the count of steps, and the state holds
-# all else, so losses and weights come out the same, bit for bit.
+# We load the file from step 190 into a fresh state, as a new process would, and take the last ten
+# steps again. Random numbers depend on the key and the number of the step, and the state holds
+# everything else. So losses and weights are the same, bit for bit.
 
 # %%
 resumed = training.load_state(path, trainer.init(vae))
@@ -226,17 +247,19 @@ for _ in range(SAVED, STEPS):
     again.append(float(metrics["loss"]))
 print("first run:", *(f"{loss:.6f}" for loss in losses[-3:]))
 print("resumed:  ", *(f"{loss:.6f}" for loss in again[-3:]))
+folder.cleanup()
+
+# %% tags=["check"]
 assert again == losses[SAVED:]
 assert all(equal(resumed, state))
-folder.cleanup()
 
 # %% [markdown]
 # ## Your own clips
 #
-# Random crops of many files, read by threads, two parts of a batch after each other, each resnet
-# block computed again in the backward pass, arithmetic in bfloat16. The batches are endless: the
-# loop says when to stop. A rate of 2e-3 for 200 steps suits the tiny weights and one clip; begin far
-# lower with the real ones, which this needs:
+# The code below reads random crops from many files in threads, splits each batch in two,
+# recomputes each resnet block in the backward pass, and computes in bfloat16. The batches never
+# end, so the loop decides when to stop. The rate of 2e-3 above suits the tiny weights and one
+# clip. Begin with a much lower rate for the published weights:
 #
 # ```python
 # vae = cv.from_pretrained("zai-org/CogVideoX-2b", dtype=jnp.float32)
@@ -258,13 +281,15 @@ folder.cleanup()
 # cv.save_pretrained(state.average, "my-vae")
 # ```
 #
-# The last line writes diffusers' layout: here and in diffusers it loads as any other checkpoint does.
+# The last line writes the layout of diffusers, so the result loads in diffusers and here like any
+# other checkpoint.
 #
 # ## What to take away
 #
-# - A trainer is a value, a state is a PyTree, and a step is a function from one to the next.
-# - What is trained is chosen by name; what is not costs no optimiser state.
+# - A trainer is a value, a state is a PyTree, and a step is a function from one state to the
+#   next.
+# - Tensors to train are chosen by name. Fixed tensors take no memory in the optimiser.
 # - Use `state.average`, and save `state`: a resumed run takes the same steps.
 #
-# Next: gradients by latents instead of weights, in
-# [inversion and guidance](07_inversion_and_guidance.ipynb).
+# Next: gradients by latents instead of weights, in [inversion and
+# guidance](07_inversion_and_guidance.ipynb).

@@ -9,21 +9,14 @@
 # %% [markdown]
 # # Many devices
 #
-# One frame over eight devices, exactly: without seams, without a change to the model. You will see
-# who holds what, what moves between devices, and what each of them saves. The devices are simulated
-# on the CPU; the program is cut for them as it would be for real ones. Runs offline, in about a
-# minute.
+# After this notebook you can decode one frame on eight devices, without seams and without
+# changing the model, and you know what each device holds, what moves between devices, and how
+# much memory each needs. The devices are simulated on the CPU. The program is partitioned as for
+# real ones. It runs offline.
 
-# %%
-import os
-
-# JAX reads this when it starts, so it comes first. On a CPU the second halves the time to compile.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-)
-
+# %% tags=["setup"]
 import math
+import os
 import re
 
 import equinox as eqx
@@ -36,6 +29,10 @@ import optax
 import eqx_cogvae as cv
 from eqx_cogvae import training, video
 
+# Eight simulated devices, also on a machine with a GPU. JAX must not have run before.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 clip = jnp.asarray(video.procedural_clip(9, 128, 128, seed=0))
@@ -46,21 +43,23 @@ assert jax.device_count() == 8
 # %% [markdown]
 # ## A mesh
 #
-# A mesh is a grid of devices with a name for each axis. `cv.best_mesh` cuts a batch first, since
-# its elements have nothing to tell each other, and then height and width, such that the edges
-# between the parts are short. Here is one clip, so all eight devices share its frames.
+# A mesh is a grid of devices with a name for each axis. `cv.best_mesh` splits a batch first,
+# because clips exchange nothing, and then height and width, so that the borders between the parts
+# are short. Here is one clip, so all eight devices share its frames.
 
 # %%
 for shape in (latents.shape, (8, *latents.shape[1:]), (2, *latents.shape[1:])):
     print(shape, "->", dict(cv.best_mesh(shape).shape))
 mesh = cv.best_mesh(latents.shape)
+
+# %% tags=["check"]
 assert mesh.size == 8 and mesh.shape["batch"] == 1
 
 # %% [markdown]
 # ## Sharded
 #
-# `cv.sharded` is a transform as the others are: function in, function out. We compile its result
-# for one, two, four and eight devices, and look at the programs before we run them.
+# `cv.sharded` is a transform like the others: it takes a function and returns one. We compile the
+# result for one, two, four and eight devices, and look at the programs before we run them.
 
 # %%
 AXES = {"batch": "batch", "height": "height", "width": "width"}
@@ -76,7 +75,7 @@ COUNTS = (1, 2, 4, 8)
 programs = {count: compiled(count) for count in COUNTS}
 
 # %% [markdown]
-# The same numbers come out, to rounding, as from a plain call that knows of no mesh.
+# All of them give the same numbers as a plain call without a mesh, up to rounding.
 
 # %%
 whole = np.asarray(eqx.filter_jit(decode)(latents))
@@ -89,14 +88,16 @@ for count, result in results.items():
 # %% [markdown]
 # ## Who holds what
 #
-# The result stays where it was made. On the left a frame, on the right the device that holds each
-# of its pixels.
+# The result stays on the devices that computed it. The left picture shows a frame. The right one
+# shows which device holds each pixel.
 
 # %%
 result = results[8]
 owner = np.zeros(result.shape[2:4])
 for shard in result.addressable_shards:
     owner[shard.index[2:4]] = shard.device.id
+
+# %% tags=["drawing"]
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.3), dpi=100)
 axes[0].imshow(np.clip((np.asarray(result[0, 4]) + 1) / 2, 0, 1))
 axes[1].imshow(owner, cmap="tab10", vmin=-0.5, vmax=9.5)
@@ -109,31 +110,37 @@ for ax in axes:
     ax.axis("off")
 figure.tight_layout()
 plt.show()
+
+# %% tags=["check"]
 assert sorted(np.unique(owner)) == list(range(8))
 
 # %% [markdown]
 # ## What moves between devices
 #
-# XLA's partitioner puts in what is needed. The rows and columns that a convolution sees across an
-# edge come from the neighbour: a *collective-permute*. The sums of a norm are added up over all
-# devices: an *all-reduce*. To bring a whole frame to one device would take an *all-gather*. Counted
-# in the compiled program, with what arrives at each device:
+# XLA's partitioner inserts the communication. A convolution needs rows and columns from across a
+# border; they come from the neighbour in a *collective-permute*. A norm needs sums over all
+# devices; an *all-reduce* adds them. Only an *all-gather* would bring a whole frame to one
+# device. The table counts them in the compiled program, with the bytes that arrive at each
+# device.
 
 # %%
 KINDS = ("collective-permute", "all-reduce", "all-gather", "all-to-all")
 text = programs[8].compiled.as_text()
 lines = {
-    kind: [line for line in text.splitlines() if re.search(rf" {kind}(-start)?\(", line)]
+    kind: [
+        line for line in text.splitlines() if re.search(rf" {kind}(-start)?\(", line)
+    ]
     for kind in KINDS
 }
 
 
 def size(line):
-    """The bytes of what an operation returns."""
+    """Returns the bytes of an operation's result."""
     types = re.split(rf" (?:{'|'.join(KINDS)})", line.split(" = ", 1)[1])[0]
     shapes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", types)
     return sum(
-        int(bits) // 8 * math.prod(map(int, s.split(",") if s else ())) for bits, s in shapes
+        int(bits) // 8 * math.prod(map(int, s.split(",") if s else ()))
+        for bits, s in shapes
     )
 
 
@@ -145,48 +152,66 @@ channels = vae.config.block_out_channels[1]  # the most there are at full resolu
 part = channels * math.prod(whole.shape[1:4]) * 4 / 8 / 2**20
 print(f"the largest operation alone: {largest:.2f} MiB")
 print(f"a device's part of {channels} channels at full resolution: {part:.2f} MiB")
+
+# %% tags=["check"]
 assert largest < part / 2
-assert lines["collective-permute"] and not lines["all-gather"] and not lines["all-to-all"]
-# What is summed are the norms, and nothing else.
-assert lines["all-reduce"] and all("GroupNorm/reduce_sum" in line for line in lines["all-reduce"])
+assert (
+    lines["collective-permute"] and not lines["all-gather"] and not lines["all-to-all"]
+)
+# Norms are summed, and nothing else.
+assert lines["all-reduce"] and all(
+    "GroupNorm/reduce_sum" in line for line in lines["all-reduce"]
+)
 
 # %% [markdown]
-# Nothing is gathered anywhere. That the sum is as large as it is has its reason: every convolution
-# asks for rims, and rims have all its channels, 16 to 56 of them in this small model, where a picture
-# has three. Each by itself is small beside what a device holds of the same activations. The rims grow
-# with the length of the edge and the parts with its square, so that on a larger frame the share that
-# moves is smaller.
+# Nothing is gathered. The total is large because every convolution exchanges borders with all its
+# channels, 16 to 56 in this small model, where a picture has three. Each exchange is small next
+# to what a device holds of the same activations. Borders grow with the length of an edge and
+# parts with its square, so a larger frame moves a smaller share.
 
 # %% [markdown]
 # ## Memory per device
 #
-# What the compiler reserves for temporaries on each device, read off the same four programs. The
-# line is the first bar divided by the number of devices. The bars stay a little above it: each
-# device holds a rim of its neighbours' rows and columns besides its own.
+# The bars show the temporaries that the compiler reserves on each device, read from the same four
+# programs. The line is the first bar divided by the number of devices. The bars stay slightly
+# above the line, because each device also holds the borders of its neighbours.
 
 # %%
-reserved = [programs[n].compiled.memory_analysis().temp_size_in_bytes / 2**20 for n in COUNTS]
+reserved = [
+    programs[n].compiled.memory_analysis().temp_size_in_bytes / 2**20 for n in COUNTS
+]
+
+# %% tags=["drawing"]
 figure, axes = plt.subplots(figsize=(7, 2.8), dpi=100)
 bars = axes.bar([str(count) for count in COUNTS], reserved)
 for bar, mib in zip(bars, reserved, strict=True):
     x = bar.get_x() + bar.get_width() / 2
-    axes.text(x, 2, f"{mib:.0f}", color="white", weight="bold", ha="center", va="bottom")
+    axes.text(
+        x, 2, f"{mib:.0f}", color="white", weight="bold", ha="center", va="bottom"
+    )
 axes.plot([reserved[0] / count for count in COUNTS], "k.--", label="shared out evenly")
 axes.set(xlabel="devices", ylabel="temporaries, MiB", ylim=(0, 1.15 * reserved[0]))
 axes.legend()
 figure.tight_layout()
 plt.show()
-assert all(n * size < 1.5 * reserved[0] for n, size in zip(COUNTS, reserved, strict=True))
+
+# %% tags=["check"]
+assert all(
+    n * size < 1.5 * reserved[0] for n, size in zip(COUNTS, reserved, strict=True)
+)
 
 # %% [markdown]
-# ## Not the same as tiles in parallel
+# ## Shards and tiles differ
 #
-# Tiles need no exchange, and so do not know of each other: each normalises by its own moments, and
-# none sees beyond its edges. On the left the difference of tiles to the whole decode, on the right
-# that of shards, at the same scale. Black is no difference.
+# Tiles exchange nothing, so they do not know of each other. Each tile normalises by its own
+# statistics and sees nothing beyond its edges. The maps show the difference from the whole
+# decode, for tiles on the left and for shards on the right, on one scale. Black means no
+# difference.
 
 # %%
 tiles = eqx.filter_jit(cv.tiled(decode, (8, 8), (0.25, 0.25)))(latents)
+
+# %% tags=["drawing"]
 figure, axes = plt.subplots(1, 2, figsize=(7, 3), dpi=100, layout="constrained")
 for ax, other, title in zip(axes, (tiles, result), ("tiles", "shards"), strict=True):
     difference = np.sqrt(np.mean((np.asarray(other) - whole)[0] ** 2, axis=(0, 3)))
@@ -195,16 +220,18 @@ for ax, other, title in zip(axes, (tiles, result), ("tiles", "shards"), strict=T
     ax.axis("off")
 figure.colorbar(image, ax=axes, label="RMS difference", extend="max")
 plt.show()
+
+# %% tags=["check"]
 assert video.psnr(result, whole) > video.psnr(tiles, whole) + 20
 
 # %% [markdown]
-# More on tiles in [tiling and memory](03_tiling_and_memory.ipynb). The two go together:
+# [Tiling and memory](03_tiling_and_memory.ipynb) explains tiles. The two combine:
 # `cv.tiled(cv.sharded(decode, mesh, **AXES), ...)` shares each tile among all devices.
 #
-# ## What does not divide
+# ## Sizes that do not divide
 #
-# Every device gets an equal part, of two rows and two columns of latents or more. Another size is
-# refused, with sizes that would do.
+# Each device gets an equal part of at least two rows and two columns of latents. Other sizes
+# raise an error that names sizes that fit.
 
 # %%
 try:
@@ -212,14 +239,17 @@ try:
 except ValueError as error:
     message = str(error)
 print(message)
+
+# %% tags=["check"]
 assert "height of 10 does not divide" in message
 
 # %% [markdown]
 # ## Training with the batch over devices
 #
-# Give a mesh to the trainer, and a batch is cut among its devices. Each works on its clips, the
-# gradients are averaged, and all hold the same weights afterwards. To keep this short only the last
-# convolution learns, by a loss without noise; the step on one device is there to compare.
+# Give a mesh to the trainer, and it splits the batch among the devices. Each device works on its
+# clips, gradients are averaged, and all devices hold the same weights afterwards. To keep this
+# short, only the last convolution is trained, with a loss without noise. A step on one device
+# serves as the reference.
 
 
 # %%
@@ -228,41 +258,54 @@ def loss(vae, clips, key):
     return training.l2(vae(clips), clips), {}
 
 
-clips = jnp.concatenate([jnp.asarray(video.procedural_clip(9, 32, 32, seed=i)) for i in range(8)])
+clips = jnp.concatenate(
+    [jnp.asarray(video.procedural_clip(9, 32, 32, seed=i)) for i in range(8)]
+)
 last = lambda name: name.startswith("decoder.conv_out.")  # noqa: E731
 states, metrics = {}, {}
 for name, over in {"one": None, "eight": cv.best_mesh((8, 3, 4, 4, 16))}.items():
     trainer = training.Trainer(optax.sgd(0.1), loss, trainable=last, mesh=over)
-    states[name], metrics[name] = trainer.step(trainer.init(vae), clips, jax.random.key(0))
-    print(f"{name}:", {key: round(float(value), 6) for key, value in metrics[name].items()})
-for name in ("loss", "gradient_norm"):
-    assert np.isclose(metrics["one"][name], metrics["eight"][name], rtol=1e-4)
+    states[name], metrics[name] = trainer.step(
+        trainer.init(vae), clips, jax.random.key(0)
+    )
+    print(
+        f"{name}:",
+        {key: round(float(value), 6) for key, value in metrics[name].items()},
+    )
 weight = states["eight"].model.decoder.conv_out.conv.weight
 copies = [np.asarray(shard.data) for shard in weight.addressable_shards]
+
+# %% tags=["check"]
+for name in ("loss", "gradient_norm"):
+    assert np.isclose(metrics["one"][name], metrics["eight"][name], rtol=1e-4)
 assert len(copies) == 8 and all(np.array_equal(copy, copies[0]) for copy in copies)
 assert not np.array_equal(copies[0], vae.decoder.conv_out.conv.weight)
 
 # %% [markdown]
 # ## On real devices
 #
-# The same lines, without the flag at the top. On a machine with eight GPUs, or a TPU host with
-# eight chips, with the weights read onto all of them:
+# Use the same lines without the two settings in the setup cell. On a machine with eight GPUs, or
+# a TPU host with eight chips, read the weights onto all of them:
 #
 # ```python
 # mesh = cv.best_mesh((1, 13, 60, 90, 16))  # latents of 49 frames of 480x720
-# vae = cv.from_pretrained("zai-org/CogVideoX-5b", dtype=jnp.bfloat16, mesh=mesh)
+# name = "zai-org/CogVideoX-5b"
+# vae = cv.from_pretrained(name, dtype=jnp.bfloat16, mesh=mesh)
 # decode = cv.sharded(cv.framewise(vae.decode_step, 2), mesh, **AXES)
 # decoded = decode(latents)
 # ```
 #
-# The rows of a frame then travel over the links between the chips. We have run this on simulated
+# The rows of a frame then travel over the links between the chips. This has been run on simulated
 # devices only.
 #
 # ## What to take away
 #
-# - Sharding is exact to rounding, and the memory of each device falls with their number.
-# - What moves is rims of activations and sums of norms. No activation is gathered on one device.
-# - The layers know nothing of it: it is a transform, and it nests in the others.
-# - A mesh given to a `Trainer` cuts the batch instead.
+# - Sharding is exact up to rounding, and the memory of each device falls with the number of
+#   devices.
+# - Devices exchange borders of activations and sums of norms. No activation is gathered on one
+#   device.
+# - The layers do not know of it. It is a transform, and it nests in the others.
+# - A mesh given to a `Trainer` splits the batch instead.
 #
-# Next: [numerics and speed](09_numerics_and_speed.ipynb).
+# Next: [numerics and speed](09_numerics_and_speed.ipynb). The guide on [many
+# devices](../docs/devices.md) covers explicit meshes, split weights and several hosts.

@@ -9,11 +9,11 @@
 # %% [markdown]
 # # From PyTorch to Equinox
 #
-# For those who know diffusers' `AutoencoderKLCogVideoX`, or the earlier port of it to Flax: each
-# old call beside the new one, both run, and their results compared. Before that, Equinox in five
-# minutes, with the VAE as the example. It runs offline, on a CPU, in under 60 seconds.
+# This notebook is for those who know diffusers' `AutoencoderKLCogVideoX`, or its earlier port to
+# Flax. After it you can translate each old call to the new one. Both are run and compared. First
+# comes Equinox in five minutes, with the VAE as the example. It runs offline.
 
-# %%
+# %% tags=["setup"]
 import contextlib
 import copy
 import dataclasses
@@ -32,64 +32,76 @@ import torch
 import eqx_cogvae as cv
 from eqx_cogvae import training, video
 
-with warnings.catch_warnings(action="ignore"):  # progress bars miss the notebook's widgets
+with warnings.catch_warnings(
+    action="ignore"
+):  # progress bars miss the notebook's widgets
     import diffusers
     from diffusers import AutoencoderKLCogVideoX
 
-diffusers.utils.logging.set_verbosity_error()  # a cast warns of modules that this model lacks
-plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
+diffusers.utils.logging.set_verbosity_error()  # a cast warns of missing modules
+plt.rcParams.update(
+    {"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9}
+)
 
-# On a CPU half the time to compile, and about as fast after it: JAX reads it when it first computes.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 
 # %% [markdown]
 # ## Equinox in five minutes
 #
-# **A module is a PyTree.** In torch a module is an object that owns its parameters. In Equinox it
-# is a frozen dataclass whose fields are arrays and other modules: a tree, of which JAX knows how to
-# list the leaves, map over them, and build another. Nothing is registered, and nothing is hidden.
+# **A module is a PyTree.** In torch, a module is an object that owns its parameters. In Equinox,
+# it is a frozen dataclass whose fields are arrays and other modules. It is a tree: JAX can list
+# its leaves, map over them, and build another tree. Nothing is registered and nothing is hidden.
 
 # %%
 leaves = jax.tree.leaves(vae)
 print(f"{len(leaves)} arrays, {sum(leaf.size for leaf in leaves):,} parameters")
 print("fields:", [field.name for field in dataclasses.fields(vae)])
-print("one leaf:", vae.decoder.conv_in.conv.weight.shape, vae.decoder.conv_in.conv.weight.dtype)
+print(
+    "one leaf:",
+    vae.decoder.conv_in.conv.weight.shape,
+    vae.decoder.conv_in.conv.weight.dtype,
+)
 
 doubled = jax.tree.map(lambda leaf: 2 * leaf, vae)  # what torch needs a loop for
-assert isinstance(doubled, cv.VAE) and doubled.config is vae.config
-assert jnp.array_equal(doubled.decoder.conv_out.conv.bias, 2 * vae.decoder.conv_out.conv.bias)
 
 try:
     vae.decoder = None
 except dataclasses.FrozenInstanceError as error:
     print("assigning to a field:", error)
 
+# %% tags=["check"]
+assert isinstance(doubled, cv.VAE) and doubled.config is vae.config
+assert jnp.array_equal(
+    doubled.decoder.conv_out.conv.bias, 2 * vae.decoder.conv_out.conv.bias
+)
+
 # %% [markdown]
-# **Methods are functions of their module.** `vae.decode(latents)` is a function of two arguments,
-# both trees of arrays, and pure: nothing is kept from call to call. It compiles the step that it
-# repeats, once for a shape, with the weights as an argument of the program. Another VAE of the same
-# structure runs in the same program.
+# **Methods are functions of their module.** `vae.decode(latents)` is a pure function of two trees
+# of arrays: it keeps nothing from call to call. It compiles the step that it repeats, once for
+# each shape, with the weights as an argument of the program. Another VAE of the same structure
+# uses the same program.
 
 # %%
 clip = jnp.asarray(video.procedural_clip(9, 64, 96, seed=100))  # (b, t, h, w, c)
 latents = vae.encode(clip).mode()
 decoded = vae.decode(latents)
+print(f"{clip.shape} -> {latents.shape} -> {decoded.shape}")
+print(f"PSNR {video.psnr(decoded, clip):.1f} dB")
 
+# %% tags=["check"]
 assert decoded.shape == clip.shape
-print(f"{clip.shape} -> {latents.shape} -> {decoded.shape}, {video.psnr(decoded, clip):.1f} dB")
 
 # %% [markdown]
-# **Surgery makes a new tree.** `eqx.tree_at` says where, and what goes there; all other leaves are
-# shared, not copied. We turn the last convolution's output channels around, so that red and blue
-# trade places. Look at the second row: the same clip, in the wrong colours. The first row is as it
-# was, for nobody has touched `vae`.
+# **Surgery makes a new tree.** `eqx.tree_at` names a place and what goes there. All other leaves
+# are shared, not copied. Here we reverse the output channels of the last convolution, so red and
+# blue trade places. The second row shows the clip in wrong colours. The first row has not
+# changed, because `vae` has not.
 
 
 # %%
 def last(vae):
-    """The leaves that write the colours."""
+    """Returns the leaves that write the colours."""
     return vae.decoder.conv_out.conv.weight, vae.decoder.conv_out.conv.bias
 
 
@@ -97,7 +109,7 @@ compiled = []
 
 
 def note(event, _, fun_name="", **__):
-    """Notes each program that is compiled, or read from a cache on disk."""
+    """Records each program that is compiled, or read from a cache on disk."""
     if event == "/jax/core/compile/backend_compile_duration":
         compiled.append(fun_name)
 
@@ -107,6 +119,7 @@ jax.monitoring.register_event_duration_secs_listener(note)
 wrong = turned.decode(latents)
 jax.monitoring.unregister_event_duration_listener(note)
 
+# %% tags=["drawing"]
 figure, axis = plt.subplots(figsize=(7, 2.0))
 axis.imshow(video.filmstrip(decoded, wrong, n=5))
 axis.set_yticks([32, 96], ["vae", "turned"])
@@ -115,17 +128,18 @@ axis.tick_params(length=0)
 axis.spines[:].set_visible(False)
 plt.show()
 
+# %% tags=["check"]
 assert compiled == []  # the other VAE ran in the same program
 assert jnp.allclose(wrong, decoded[..., ::-1], atol=1e-5)
 assert jnp.array_equal(vae.decode(latents), decoded)  # and left nothing behind
 assert turned.encoder.conv_in.conv.weight is vae.encoder.conv_in.conv.weight
 
 # %% [markdown]
-# **Freezing is splitting.** There is no `requires_grad`. `eqx.partition` cuts a tree in two by a
-# tree of booleans, or a function of leaves: each half has `None` where the other has an array. You
-# differentiate in one half, and join the two with `eqx.combine`. `eqx.filter_jit` and
-# `eqx.filter_value_and_grad` are JAX's own, but see to the leaves that are no arrays. Here the
-# decoder is trained, on the first frame alone, and the encoder is not.
+# **Freezing is splitting.** There is no `requires_grad`. `eqx.partition` splits a tree in two, by
+# a tree of booleans or by a function of leaves. Each half has `None` where the other has an
+# array. You differentiate by one half and join the two with `eqx.combine`. `eqx.filter_jit` and
+# `eqx.filter_value_and_grad` are JAX's functions for trees that also hold leaves other than
+# arrays. Here the decoder is trained on the first frame, and the encoder is not.
 
 # %%
 names = jax.tree_util.tree_map_with_path(
@@ -133,35 +147,38 @@ names = jax.tree_util.tree_map_with_path(
 )
 chosen = jax.tree.map(lambda name: name.startswith("decoder."), names)
 trained, frozen = eqx.partition(vae, chosen)
-print(f"trained: {len(jax.tree.leaves(trained))} arrays, frozen: {len(jax.tree.leaves(frozen))}")
+counts = [len(jax.tree.leaves(half)) for half in (trained, frozen)]
+print("trained: {} arrays, frozen: {}".format(*counts))
 
 
 @eqx.filter_jit
 @eqx.filter_value_and_grad
 def loss_and_gradient(trained, frozen, latents, clip):
-    """Mean squared error of decoding, and its gradient in the first argument."""
+    """Returns the squared error of decoding; its gradient is by the first argument."""
     vae = eqx.combine(trained, frozen)
     return jnp.mean(jnp.square(vae.decode(latents) - clip))
 
 
 still = latents[:, :1], clip[:, :1]
 loss, gradient = loss_and_gradient(trained, frozen, *still)
-assert jax.tree.structure(gradient) == jax.tree.structure(trained)
 
 updates = jax.tree.map(lambda leaf: -0.01 * leaf, gradient)
 after, _ = loss_and_gradient(eqx.apply_updates(trained, updates), frozen, *still)
 print(f"loss {loss:.5f}, after one step {after:.5f}")
+
+# %% tags=["check"]
+assert jax.tree.structure(gradient) == jax.tree.structure(trained)
 assert after < loss
 
 # %% [markdown]
-# That is all of it: trees, functions of trees, and functions of functions.
+# This is all of Equinox: trees, functions of trees, and functions of functions.
 #
 # ## Old call, new call
 #
-# Here is the whole table. Below, each line is run on both sides; `model` is diffusers' VAE, `x` and
-# `z` are tensors, `clip` and `latents` arrays.
+# Here is the whole table. Each line is run below on both sides. `model` is diffusers' VAE, `x`
+# and `z` are tensors, and `clip` and `latents` are arrays.
 #
-# | what | diffusers | here |
+# | task | diffusers | here |
 # |---|---|---|
 # | load | `Class.from_pretrained(p, torch_dtype=dtype)` | `cv.from_pretrained(p, dtype=dtype)` |
 # | weights | `model.state_dict()[name]` | the leaf whose path is `name` |
@@ -170,7 +187,7 @@ assert after < loss
 # | mode | `.mode()` | `.mode()` |
 # | sample | `.sample(generator)` | `.sample(key)` |
 # | decode | `model.decode(z).sample` | `vae.decode(latents)` |
-# | both | `model(x).sample` | `vae(clip)` |
+# | both ways | `model(x).sample` | `vae(clip)` |
 # | scale | `z * model.config.scaling_factor` | `vae.scale_latents(latents)` |
 # | slices | `model.enable_slicing()` | `cv.sliced(vae.decode)` |
 # | tiles | `model.enable_tiling(...)` | `cv.tiled(fn, size, overlap)`, for each `fn` as below |
@@ -179,8 +196,8 @@ assert after < loss
 # | device | `model.to("cpu")` | `jax.device_put(vae, jax.devices("cpu")[0])` |
 # | freeze | `model.requires_grad_(False)` | `eqx.partition(vae, ...)` |
 # | gradient | `loss.backward()`, `p.grad` | `eqx.filter_value_and_grad(loss)(vae)` |
-# | remember less | `model.enable_gradient_checkpointing()` | `training.rematerialised(vae)` |
-# | mode of training | `model.train()`, `model.eval()` | none: nothing depends on it |
+# | less memory | `model.enable_gradient_checkpointing()` | `training.rematerialised(vae)` |
+# | training mode | `model.train()`, `model.eval()` | none: nothing depends on it |
 # | save | `model.save_pretrained(p)` | `cv.save_pretrained(vae, p)` |
 
 # %%
@@ -188,7 +205,7 @@ errors = {}
 
 
 def check(what, got, due, bar=1e-5):
-    """Notes how far two results are apart: relative, in L2."""
+    """Records the relative difference of two results, in L2."""
     if isinstance(due, torch.Tensor):
         due = np.moveaxis(due.detach().float().numpy(), 1, -1)
     got, due = np.asarray(got, np.float64), np.asarray(due, np.float64)
@@ -200,17 +217,17 @@ def check(what, got, due, bar=1e-5):
 # %% [markdown]
 # ### Load, and the names of the weights
 #
-# The path of a leaf in the tree, its parts joined by dots, is the tensor's name in diffusers. Only
-# kernels are laid out differently: input and output channels come last, as JAX likes them.
+# The path of a leaf in the tree, joined by dots, is the name of the tensor in diffusers. Only
+# kernels have another layout: input and output channels come last.
 
 # %%
-# A folder or a hub id, in the places where `cv.from_pretrained` looks, in its order.
+# A folder or a hub id, searched in the order of `cv.from_pretrained`.
 where = Path(cv.__file__).parent / "tiny" if MODEL == "tiny" else MODEL
 places = (None, "vae") if Path(where).exists() else ("vae", None)
 
 
 def reference(**options):
-    """diffusers' own VAE, of the same files."""
+    """Loads diffusers' own VAE from the same files."""
     for inside in places:
         with contextlib.suppress(OSError):
             load = AutoencoderKLCogVideoX.from_pretrained
@@ -224,32 +241,38 @@ KERNELS = {5: (4, 3, 0, 1, 2), 4: (3, 2, 0, 1)}  # to torch's OIDHW and OIHW
 
 
 def in_torch_layout(leaf):
-    """A weight as torch has it."""
+    """Returns a weight in torch's layout."""
     return np.transpose(leaf, KERNELS.get(leaf.ndim, range(leaf.ndim)))
 
 
 def by_name(tree):
-    """The leaves of a VAE, or of a gradient in one, in a dictionary like torch's."""
+    """Returns the leaves of a VAE, or of its gradient, by the names of torch."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in flat
+    }
 
 
 state = model.state_dict()
 ours = by_name(vae)
-assert ours.keys() == state.keys()
 for name, leaf in ours.items():
     assert np.array_equal(in_torch_layout(leaf), state[name].numpy())
 
 name = "decoder.up_blocks.1.resnets.0.conv1.conv.weight"
 print(name)
 print("torch:", tuple(state[name].shape), " here:", ours[name].shape)
+
+# %% tags=["check"]
+assert ours.keys() == state.keys()
 assert ours[name] is vae.decoder.up_blocks[1].resnets[0].conv1.conv.weight
 
 # %% [markdown]
 # ### Layout, encode, decode
 #
-# Channels last: `np.moveaxis` in numpy, or `to_jax` and `to_torch` of `eqx_cogvae.diffusers`, which
-# do it without a copy where they can ([a diffusers pipeline](04_diffusers_pipeline.ipynb)).
+# Channels are last. Use `np.moveaxis` in NumPy, or `to_jax` and `to_torch` of
+# `eqx_cogvae.diffusers`, which avoid a copy where they can ([a diffusers
+# pipeline](04_diffusers_pipeline.ipynb)).
 
 # %%
 x = torch.from_numpy(np.moveaxis(np.asarray(clip), -1, 1).copy())
@@ -265,17 +288,15 @@ with torch.no_grad():
 # %% [markdown]
 # ### Random numbers by key
 #
-# `torch.Generator` is an object that changes with each draw. A key of JAX is a value: it is given,
-# it does not change, and the same key draws the same numbers. For others, split it. The two
-# libraries' numbers are not equal, their distributions are: fed with torch's noise, ours gives
-# torch's sample.
+# A `torch.Generator` is an object that each draw changes. A JAX key is a value that does not
+# change: the same key draws the same numbers. Split a key to draw others. The numbers of the two
+# libraries differ, but their distributions are equal: with torch's noise, ours gives torch's
+# sample.
 
 # %%
 ours_posterior = vae.encode(clip)
 key = jax.random.key(0)
 one, two = jax.random.split(key)
-assert jnp.array_equal(ours_posterior.sample(key), ours_posterior.sample(key))
-assert not jnp.array_equal(ours_posterior.sample(one), ours_posterior.sample(two))
 
 noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
 noise = np.moveaxis(noise.numpy(), 1, -1)
@@ -285,14 +306,18 @@ check("sample", ours_posterior.mean + ours_posterior.std * noise, drawn)
 draws = jax.vmap(ours_posterior.sample)(jax.random.split(key, 1000))
 spread = jnp.std(draws, axis=0) / ours_posterior.std
 print(f"spread of 1000 samples over the posterior's own: {jnp.mean(spread):.3f}")
+
+# %% tags=["check"]
+assert jnp.array_equal(ours_posterior.sample(key), ours_posterior.sample(key))
+assert not jnp.array_equal(ours_posterior.sample(one), ours_posterior.sample(two))
 assert abs(jnp.mean(spread) - 1) < 0.01
 
 # %% [markdown]
 # ### Switches become transforms
 #
-# In diffusers tiling and slicing are modes of the object, of both its directions, and stay until
-# someone turns them off. Here they are functions of functions. You hold both versions at once, and
-# they nest. Sizes of tiles are in the cells of what goes in: pixels to encode, latents to decode.
+# In diffusers, tiling and slicing are modes of the object. They apply to both directions until
+# someone turns them off. Here they are functions of functions: you can hold both versions at
+# once, and they nest. Tile sizes are in cells of the input: pixels to encode, latents to decode.
 
 # %%
 batch = jnp.concatenate([latents, latents[:, ::-1]])
@@ -303,29 +328,44 @@ with torch.no_grad():
     model.disable_slicing()
 
     model.enable_tiling(96, 48, 1 / 3, 1 / 3)  # in pixels
-    tiled = cv.tiled(cv.framewise(vae.decode_step, 2), (12, 6), (1 / 3, 1 / 3))  # in latent cells
+    tiled = cv.tiled(
+        cv.framewise(vae.decode_step, 2), (12, 6), (1 / 3, 1 / 3)
+    )  # in latent cells
     check("tiles", tiled(latents[:, :1]), model.decode(z[:, :, :1]).sample)
-    moments = cv.tiled(cv.framewise(vae.encode_step, 8), (96, 48), (1 / 3, 1 / 3))(clip[:, :1])
+    moments = cv.tiled(cv.framewise(vae.encode_step, 8), (96, 48), (1 / 3, 1 / 3))(
+        clip[:, :1]
+    )
     tiled_posterior = cv.DiagonalGaussian.from_moments(moments)
-    check("tiles, encode", tiled_posterior.mean, model.encode(x[:, :, :1]).latent_dist.mean)
+    check(
+        "tiles, encode",
+        tiled_posterior.mean,
+        model.encode(x[:, :, :1]).latent_dist.mean,
+    )
     model.disable_tiling()
 
     model.num_latent_frames_batch_size = 1
-    check("frame batch of 1", cv.framewise(vae.decode_step, 1)(latents), model.decode(z).sample)
+    check(
+        "frame batch of 1",
+        cv.framewise(vae.decode_step, 1)(latents),
+        model.decode(z).sample,
+    )
     model.num_latent_frames_batch_size = 2
 
 # %% [markdown]
 # ### Dtype and device
 #
-# `to` changes a torch module in place. Here a cast, or a move, is a map over the tree, and makes
-# another one. Weights cast to bfloat16 are equal in both libraries, and so are weights read in it;
-# what is computed with them agrees as far as eight binary digits do. Another device is another
-# name: `"cuda:1"` there, `jax.devices("gpu")[1]` here, and this machine need not have it.
+# In torch, `to` changes a module in place. Here, a cast or a move is a map over the tree and
+# returns another tree. Weights cast to bfloat16 are equal in both libraries, and so are weights
+# loaded in bfloat16. Results agree to about eight binary digits. Another device is another name:
+# `"cuda:1"` in torch, `jax.devices("gpu")[1]` here.
 
 # %%
 cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), vae)
 loaded = cv.from_pretrained(MODEL, dtype=jnp.bfloat16)
-model16, loaded16 = copy.deepcopy(model).to(torch.bfloat16), reference(torch_dtype=torch.bfloat16)
+model16, loaded16 = (
+    copy.deepcopy(model).to(torch.bfloat16),
+    reference(torch_dtype=torch.bfloat16),
+)
 for name, leaf in by_name(loaded).items():
     weight = in_torch_layout(leaf).astype(np.float32)
     for their in (model16, loaded16):
@@ -333,37 +373,54 @@ for name, leaf in by_name(loaded).items():
 with torch.no_grad():
     their = model16.decode(z[:, :, :1].bfloat16()).sample
 check("decode, bfloat16", cast.decode(latents[:, :1]), their, bar=2e-2)
-assert cast.dtype == loaded.dtype == jnp.bfloat16 and vae.dtype == jnp.float32
-assert all(map(jnp.array_equal, jax.tree.leaves(cast), jax.tree.leaves(loaded)))
 
-moved, there = jax.device_put(vae, jax.devices("cpu")[0]), copy.deepcopy(model).to("cpu")
-assert moved.decoder.conv_in.conv.weight.devices() == {jax.devices("cpu")[0]}
+moved, there = (
+    jax.device_put(vae, jax.devices("cpu")[0]),
+    copy.deepcopy(model).to("cpu"),
+)
 with torch.no_grad():
     check("moved", moved.decode(latents[:, :1]), there.decode(z[:, :, :1]).sample)
+
+# %% tags=["check"]
+assert cast.dtype == loaded.dtype == jnp.bfloat16 and vae.dtype == jnp.float32
+assert all(map(jnp.array_equal, jax.tree.leaves(cast), jax.tree.leaves(loaded)))
+assert moved.decoder.conv_in.conv.weight.devices() == {jax.devices("cpu")[0]}
 
 # %% [markdown]
 # ### Gradients
 #
-# Torch records the forward pass on a tape and leaves gradients in the parameters. JAX transforms
-# the function into another that returns them, as a tree of the same structure, which we made above.
-# Nothing has to be zeroed before, nor detached. Every gradient of the decoder is compared.
+# Torch records the forward pass and leaves gradients in the parameters. JAX transforms the
+# function into one that returns the gradients, as a tree of the same structure, which we computed
+# above. There is nothing to zero before and nothing to detach. Every gradient of the decoder is
+# compared.
 
 
 # %%
 def check_gradient(what, gradient):
-    """Against torch's, tensor by tensor."""
+    """Compares with torch's gradient, and returns the largest error of a tensor."""
     got = {name: in_torch_layout(leaf) for name, leaf in by_name(gradient).items()}
     assert got.keys() == due.keys()
-    flat = [np.concatenate([np.ravel(each[name]) for name in due]) for each in (got, due)]
+    flat = [
+        np.concatenate([np.ravel(each[name]) for name in due]) for each in (got, due)
+    ]
     check(what, *flat, bar=1e-4)
-    return max(np.linalg.norm(got[name] - due[name]) / np.linalg.norm(due[name]) for name in due)
+    return max(
+        np.linalg.norm(got[name] - due[name]) / np.linalg.norm(due[name])
+        for name in due
+    )
 
 
 def torch_gradient():
-    """Torch's, of the decoder, by name."""
+    """Returns torch's gradient of the decoder, by name."""
     model.zero_grad()
-    torch.nn.functional.mse_loss(model.decode(z[:, :, :1]).sample, x[:, :, :1]).backward()
-    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    torch.nn.functional.mse_loss(
+        model.decode(z[:, :, :1]).sample, x[:, :, :1]
+    ).backward()
+    return {
+        name: p.grad.numpy()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 model.requires_grad_(False)
@@ -372,21 +429,23 @@ due = torch_gradient()
 
 worst = check_gradient("gradient", gradient)
 print(f"{len(due)} gradients, the worst of them {worst:.1e} apart")
+
+# %% tags=["check"]
 assert worst < 1e-3
 
+
 # %% [markdown]
-# To keep less for the backward pass, and compute it again there, torch has a switch. Here are two
-# transforms, of finer and of coarser grain: `training.rematerialised` keeps only the inputs of each
-# resnet block, `eqx.filter_checkpoint` only those of a frame batch. They nest. The gradient is the
-# same, in both libraries.
+# To keep less for the backward pass and compute it again, torch has a switch. Here are two
+# transforms. `training.rematerialised` keeps only the inputs of each resnet block.
+# `eqx.filter_checkpoint` keeps only the inputs of a frame batch. They nest. The gradient is the
+# same in both libraries.
+
 
 # %%
-
-
 @eqx.filter_jit
 @eqx.filter_grad
 def frugal(trained, frozen, latents, clip):
-    """The gradient above, for less memory."""
+    """Returns the gradient above, for less memory."""
     vae = training.rematerialised(eqx.combine(trained, frozen))
     decode = cv.framewise(eqx.filter_checkpoint(vae.decode_step), 2)
     return jnp.mean(jnp.square(decode(latents) - clip))
@@ -395,19 +454,23 @@ def frugal(trained, frozen, latents, clip):
 model.enable_gradient_checkpointing()
 recomputed = torch_gradient()
 model.disable_gradient_checkpointing()
-assert recomputed.keys() == due.keys()
-assert all(np.allclose(recomputed[name], due[name], rtol=1e-4, atol=1e-6) for name in due)
 
 by_block = frugal(trained, frozen, *still)
 worst = check_gradient("gradient, frugal", by_block)
 print(f"the worst of them {worst:.1e} apart")
+
+# %% tags=["check"]
+assert recomputed.keys() == due.keys()
+assert all(
+    np.allclose(recomputed[name], due[name], rtol=1e-4, atol=1e-6) for name in due
+)
 assert worst < 1e-3
 
 # %% [markdown]
-# ### Modes that are not there
+# ### Training mode
 #
-# `train` and `eval` change nothing in this network: it has no dropout, and no norm that remembers.
-# So there is no counterpart.
+# `train` and `eval` change nothing in this network, because it has no dropout and no running
+# statistics. So there is no counterpart.
 
 # %%
 with torch.no_grad():
@@ -417,8 +480,8 @@ with torch.no_grad():
 # %% [markdown]
 # ### Save, and back to diffusers
 #
-# The directory is diffusers' own, so what you train here runs there, and what was saved there loads
-# here.
+# The folder has the layout of diffusers. What you train here runs there, and what was saved there
+# loads here.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -435,17 +498,19 @@ with torch.no_grad():
     check("saved, loaded there", wrong, back.decode(z).sample)
 
 # %% [markdown]
-# ## All of it at a glance
+# ## All comparisons
 #
-# Each dot is one comparison from above. All should lie left of their bar: 1e-5, 1e-4 for gradients,
-# and 2e-2 in bfloat16.
+# Each dot is one comparison from above, and should lie left of its bar. The bars are 1e-5, 1e-4
+# for gradients and 2e-2 in bfloat16.
 
-# %%
+# %% tags=["drawing"]
 figure, axis = plt.subplots(figsize=(7, 3.6))
 rows = range(len(errors))
 axis.semilogx(list(errors.values()), rows, "o")
 kinds = {"gradient": 1e-4, "bfloat16": 2e-2}
-bars = [next((bar for kind, bar in kinds.items() if kind in what), 1e-5) for what in errors]
+bars = [
+    next((bar for kind, bar in kinds.items() if kind in what), 1e-5) for what in errors
+]
 axis.plot(bars, rows, "k|", markersize=12)
 axis.set_yticks(rows, list(errors))
 axis.invert_yaxis()
@@ -455,28 +520,30 @@ axis.set_xlabel("relative error (L2)")
 plt.show()
 
 # %% [markdown]
-# ## Where diffusers and this library part
+# ## Deliberate differences
 #
-# In three places diffusers does what one would not expect, and this library does not follow: tiles
-# of odd sizes give video of the wrong size there, an overlap of 0.0 is ignored, and `kl()` sums
-# over three of the four axes that it should. The first is shown in [a diffusers
-# pipeline](04_diffusers_pipeline.ipynb), the last here:
+# In three places this library does not follow diffusers. In diffusers, some tile sizes give video
+# of the wrong size, an overlap of 0.0 is ignored, and `kl()` sums over three axes instead of
+# four. The first two are shown in [a diffusers pipeline](04_diffusers_pipeline.ipynb), the last
+# one here:
 
 # %%
 ours_kl, their_kl = ours_posterior.kl(), posterior.kl()
 print("here", ours_kl.shape, " diffusers", tuple(their_kl.shape))
-assert ours_kl.shape == (1,)
 check("kl", ours_kl, their_kl.numpy().sum(axis=-1))
+
+# %% tags=["check"]
+assert ours_kl.shape == (1,)
 
 # %% [markdown]
 # ## From the Flax port
 #
-# [diffusers-tpu](https://github.com/yangwhale/diffusers-tpu) has an earlier port of this VAE, as a
-# module of Flax NNX, `FlaxAutoencoderKLCogVideoX`. It needs Flax and its own fork of diffusers, and
-# is not run here: the left column is read from its source (`autoencoder_kl_cogvideox_flax.py`,
-# December 2025). The right one is run.
+# [diffusers-tpu](https://github.com/yangwhale/diffusers-tpu) has an earlier port of this VAE as a
+# Flax NNX module, `FlaxAutoencoderKLCogVideoX`. It needs Flax and its own fork of diffusers and
+# is not run here: the left column was read from its source (`autoencoder_kl_cogvideox_flax.py`,
+# December 2025). The right column is run.
 #
-# | what | Flax port, as read | here |
+# | task | Flax port, as read | here |
 # |---|---|---|
 # | load | `Class.from_pretrained(id, dtype=...)`, hub | `cv.from_pretrained(p, dtype=...)` |
 # | layout | (b, t, h, w, c), kernels DHWIO | the same |
@@ -488,28 +555,30 @@ check("kl", ours_kl, their_kl.numpy().sum(axis=-1))
 # | frame batch | `vae.num_latent_frames_batch_size = n` | `cv.framewise(vae.decode_step, n)` |
 # | cache | a list, by position, inside of `decode` | returned by `decode_step`, a PyTree |
 #
-# If you come from there, mind three things. Encode your clips anew: diffusers is the reference
-# here, and the port's encoder was measured not to agree with it. Clip what you decode, where you
-# need it. And one latent frame decodes to one frame.
+# If you come from that port, mind three things. Encode your clips again: its encoder pools frames
+# in another order than diffusers, so its latents differ. Clip what you decode, where you need it.
+# And one latent frame decodes to one frame.
 
 # %%
 moments = ours_posterior.mean, ours_posterior.logvar
-assert moments[0].shape == moments[1].shape == latents.shape
-assert jnp.array_equal(vae(clip, key=key), vae.decode(ours_posterior.sample(key)))
 
 frame, cache = vae.decode_step(latents[:, :1])
-assert frame.shape == clip[:, :1].shape
-print(f"decoded values from {decoded.min():.2f} to {decoded.max():.2f}; one latent, one frame")
+print(f"decoded values from {decoded.min():.2f} to {decoded.max():.2f}")
 print("the cache:", type(cache).__name__, cache._fields)
+
+# %% tags=["check"]
+assert moments[0].shape == moments[1].shape == latents.shape
+assert jnp.array_equal(vae(clip, key=key), vae.decode(ours_posterior.sample(key)))
+assert frame.shape == clip[:, :1].shape
 
 # %% [markdown]
 # ## What to take away
 #
-# - A VAE is a tree of arrays. Casting, moving, freezing and editing are maps over it, and make
-#   another tree.
-# - The names are diffusers', the numbers are diffusers', the axes are not: channels come last.
+# - A VAE is a tree of arrays. To cast, move, freeze or edit it, map over the tree and get another
+#   tree.
+# - Names and numbers are those of diffusers. The order of axes is not: channels come last.
 # - Modes became transforms, and random generators became keys.
 # - Weights go back and forth between the libraries, bit for bit.
 #
-# Next: [fine-tuning](06_finetune.ipynb) trains the decoder in earnest, and
-# [causality and the conv cache](02_causality_and_the_conv_cache.ipynb) explains `decode_step`.
+# Next: [fine-tuning](06_finetune.ipynb) trains the decoder, and [causality and the conv
+# cache](02_causality_and_the_conv_cache.ipynb) explains `decode_step`.

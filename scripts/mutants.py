@@ -22,7 +22,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("eqx_cogvae", "tests", "pyproject.toml", "README.md", "scripts")
 SECONDS = 900
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+_DEVICES = "--xla_force_host_platform_device_count=8"
+EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"}
 
 
 class Mutant(NamedTuple):
@@ -408,6 +409,94 @@ MUTANTS = (
         "return total",
         "test_training",
         "losses_of_known_clips",
+    ),
+    Mutant(
+        "the adaptive weight is upside down",
+        "training/_adversarial.py",
+        "by_loss / (by_term + _SMALLEST_NORM)",
+        "by_term / (by_loss + _SMALLEST_NORM)",
+        "test_adversarial",
+        "a_step_is_torchs",
+    ),
+    Mutant(
+        "the adaptive weight is differentiated",
+        "training/_adversarial.py",
+        "pull, (ascent,) = _stopped(pull), _stopped(back(jnp.ones_like(term)))",
+        "(ascent,) = back(jnp.ones_like(term))",
+        "test_adversarial",
+        "a_step_is_torchs",
+    ),
+    Mutant(
+        "the VAE helps the discriminator",
+        "training/_adversarial.py",
+        "discriminator(clips), discriminator(_stopped(decoded))",
+        "discriminator(clips), discriminator(decoded)",
+        "test_adversarial",
+        "a_step_is_torchs",
+    ),
+    Mutant(
+        "the discriminator learns to be fooled",
+        "training/_adversarial.py",
+        "fixed = _stopped(discriminator)",
+        "fixed = discriminator",
+        "test_adversarial",
+        "a_step_is_torchs",
+    ),
+    Mutant(
+        "the discriminator begins at once",
+        "training/_adversarial.py",
+        "jnp.where(step < self.start, old, new)",
+        "jnp.where(step < 0, old, new)",
+        "test_adversarial",
+        "two_hundred_steps",
+    ),
+    Mutant(
+        "the term begins at once",
+        "training/_adversarial.py",
+        "jnp.where(step < self.start, 0, ",
+        "jnp.where(step < 0, 0, ",
+        "test_adversarial",
+        "two_hundred_steps",
+    ),
+    Mutant(
+        "a discriminator's optimiser is not asked for its kind",
+        "training/_states.py",
+        "*_kinds(state.optimiser), *_kinds(state.discriminator_optimiser)",
+        "*_kinds(state.optimiser)",
+        "test_adversarial",
+        "another_optimiser_of_the_discriminator",
+    ),
+    Mutant(
+        "a change is merged twice",
+        "training/_lora.py",
+        "(kernel, bias))",
+        "(2 * kernel - node.weight, bias))",
+        "test_lora",
+        "merged_it_is_the_same",
+    ),
+    Mutant(
+        "changes are not zero at first",
+        "training/_lora.py",
+        "jnp.zeros((*(1 for _ in sizes), rank, o), dtype)",
+        "jnp.ones((*(1 for _ in sizes), rank, o), dtype)",
+        "test_lora",
+        "the_same_at_first",
+    ),
+    Mutant(
+        "half of a pair is enough",
+        "training/_lora.py",
+        "if partner not in tensors:",
+        "if partner not in convs:",
+        "test_lora",
+        "wrong_files",
+    ),
+    Mutant(
+        "a loss of one's own has no weight",
+        "training/_clip_loss.py",
+        "self.perceptual_weight * terms",
+        "terms",
+        "test_training",
+        "ones_own_is_weighed",
     ),
     # Files.
     Mutant(

@@ -120,7 +120,9 @@ def test_an_error_is_heard_when_its_result_is_due():
     done = [np.asarray(next(stream)), np.asarray(next(stream))]
     assert stream.frame == 2
     cache = jax.tree.map(jnp.copy, stream.cache)
-    with pytest.raises(ValueError, match="stopped at frame 2, those before it are done: frames ch"):
+    with pytest.raises(
+        ValueError, match="stopped at frame 2; the frames before it are done: frames ch"
+    ):
         next(stream)
     with pytest.raises(StopIteration):
         next(stream)

@@ -375,7 +375,7 @@ def latents(**fields):
         ("decode none OUT.mp4", "there is no latents file at none"),
         ("decode garbage OUT.mp4", "not a complete safetensors file"),
         ("decode pickle OUT.mp4", "is a pickle or an archive"),
-        ("decode nan OUT.mp4", "it is the latents that are broken, not the VAE"),
+        ("decode nan OUT.mp4", "the latents are broken, not the VAE"),
         ("decode wide OUT.mp4", "no axis for 4 channels"),
         ("decode two OUT.mp4", "holds 2 clips, expected one"),
         ("info none", "there is no model 'none'"),

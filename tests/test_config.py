@@ -42,7 +42,7 @@ def test_keys_of_diffusers_own_are_ignored():
         ({"act_fn": "tanh"}, "`act_fn` must be one of silu.*'tanh'"),
         ({"norm_eps": 0}, "`norm_eps` must be a positive number, got 0"),
         ({"temporal_compression_ratio": 0.5}, "at least 1, got 0.5"),
-        ({"latent_channels": 0}, "whole numbers of at least 1, got 0"),
+        ({"latent_channels": 0}, "whole numbers from 1 to 65536, got 0"),
         ({"latents_mean": (1.0,)}, "16 entries, one per latent channel, got 1"),
         ({"down_block_types": ("DownBlock2D",) * 4}, "4 times 'CogVideoXDownBlock3D'"),
     ],

@@ -26,6 +26,7 @@ _SMALLER = {
     '"zai-org/CogVideoX-2b"': '"small"',
     '"tiny"': '"small"',
     "frames=49, size=(480, 720)": "frames=17, size=(16, 24)",
+    "frames=count, size=(480, 720)": "frames=count, size=(16, 24)",
     "procedural_clip(17, 96, 144)": "procedural_clip(17, 16, 24)",
     "procedural_clip(17, 64, 96)": "procedural_clip(17, 16, 24)",
     "height=64, width=96": "height=16, width=24",
@@ -38,10 +39,16 @@ PAGES = (
     "docs/api/index.md",
     "docs/api/video.md",
     "docs/datasets.md",
+    "docs/devices.md",
+    "docs/dtypes.md",
     "docs/export.md",
     "docs/index.md",
+    "docs/layers.md",
+    "docs/long-videos.md",
     "docs/memory.md",
+    "docs/previews.md",
     "docs/recipes.md",
+    "docs/training.md",
 )
 
 

@@ -139,3 +139,9 @@ def test_streamed_is_the_whole(folder):
     z = jax.random.normal(jax.random.key(0), (1, 5, HEIGHT // 8, WIDTH // 8, 16))
     pieces = [jax.device_get(piece) for piece in cv.streamed(vae.decode_step, 2)(z)]
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), vae.decode(z))
+
+
+def test_weights_in_8_bits(folder):
+    small = cv.quantised(cv.from_pretrained(folder), "float8_e4m3fn")
+    z = jax.random.normal(jax.random.key(0), (1, 3, HEIGHT // 8, WIDTH // 8, 16))
+    assert distance(small.decode(z), cv.dequantised(small).decode(z)) < 1e-5

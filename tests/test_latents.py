@@ -117,7 +117,7 @@ def test_foreign_layouts(axes, options, metadata, name, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "options", "metadata", "match"),
     [
-        ((1, 4, 5, 6, 4), {"channels": 4}, None, "leaves it open: name one of BTHWC or BCTHW"),
+        ((1, 4, 5, 6, 4), {"channels": 4}, None, "does not tell it: give BTHWC or BCTHW"),
         ((1, 3, 5, 6, 4), {}, None, "does not say its layout"),
         ((1, 3, 5, 6, 8), {"channels": 4}, None, "no axis for 4 channels"),
         ((1, 3, 5, 6, 8), {"channels": 4}, {"layout": "BTHWC"}, "have 8 channels, the model has 4"),
@@ -125,12 +125,22 @@ def test_foreign_layouts(axes, options, metadata, name, tmp_path):
             (1, 3, 5, 6, 4),
             {"layout": "BCTHW"},
             {"layout": "BTHWC"},
-            "its layout is BTHWC, asked to",
+            "layout BTHWC in its metadata, and `layout` is",
         ),
         ((1, 3, 5, 6, 4), {}, {"layout": "TBHWC"}, "got 'TBHWC'"),
-        ((1, 3, 5, 6, 4), {}, {"layout": "BTHWC", "fps": "x"}, "has fps='x' in its metadata"),
-        ((1, 3, 5, 6, 4), {}, {"layout": "BTHWC", "scaled": "maybe"}, "has scaled='maybe'"),
-        ((3, 5, 6, 4), {"channels": 4}, None, r"five axes, got shape \(3, 5, 6, 4\)"),
+        (
+            (1, 3, 5, 6, 4),
+            {},
+            {"layout": "BTHWC", "fps": "x"},
+            "bad value in its metadata, fps='x'",
+        ),
+        ((1, 3, 5, 6, 4), {}, {"layout": "BTHWC", "scaled": "maybe"}, "metadata, scaled='maybe'"),
+        (
+            (3, 5, 6, 4),
+            {"channels": 4},
+            None,
+            r"five axes, none of them empty, got shape \(3, 5, 6, 4\)",
+        ),
     ],
 )
 def test_what_does_not_fit(shape, options, metadata, match, tmp_path):
@@ -181,7 +191,7 @@ def test_broken_latents_are_the_culprit(value, tmp_path):
     broken[0, 1, 2, 3, 1:3] = value
     match = (
         r"hold 2 NaN or infinite values of 360, the first at \(b, t, h, w, c\) = "
-        r"\(0, 1, 2, 3, 1\): it is the latents that are broken, not the VAE"
+        r"\(0, 1, 2, 3, 1\): the latents are broken, not the VAE"
     )
     with pytest.raises(ValueError, match=match):
         check_latents(broken)

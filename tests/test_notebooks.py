@@ -3,7 +3,9 @@
 The executed notebooks stay in `build/notebooks`, where the site takes them from.
 """
 
+import ast
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -22,27 +24,27 @@ CPU_SECONDS = 240
 
 
 def execute(source, target):
-    # A notebook is timed and compiled as its reader would: not by the flags of these tests.
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     own = {
         "EQX_COGVAE_MODEL": "tiny",
         "HF_HUB_OFFLINE": "1",
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PLATFORMS": "cpu",
+        # Half the time to compile, and the notebooks' timings stay those of a reader's CPU.
+        "XLA_FLAGS": "--xla_backend_optimization_level=1",
         # A process that shares the cache may still be writing the entry: JAX compiles instead.
         "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry:UserWarning",
     }
     command = [sys.executable, "-m", "jupytext", "--to", "notebook", "--execute", "--output"]
     return subprocess.run(
         [*command, str(target), str(source)],
-        env=inherited | own,
+        env=os.environ | own,
         capture_output=True,
         text=True,
     )
 
 
 def cpu_seconds():
-    """Of this process's children, and theirs, that have ended."""
+    """Returns the CPU seconds of this process's children that have ended, and of theirs."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -63,10 +65,32 @@ def test_notebook(source):
     assert any("\nassert " in f"\n{cell.source}" for cell in notebook.cells), "nothing is claimed"
 
 
+# Tags of the code that the site folds.
+FOLDED = {"setup", "check", "drawing"}
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_written_for_the_site(source):
+    """Opens with what it is for, folds what only sets up or checks, and ends with what is next."""
+    cells = jupytext.read(source).cells
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert re.search(r"you\s(can|know)", prose[0])
+    assert "Next: " in prose[-1]
+    assert code[0].metadata["tags"] == ["setup"]
+    for cell in code:
+        tags = set(cell.metadata.get("tags", []))
+        assert tags <= FOLDED | {"cover"}
+        only_asserts = all(isinstance(node, ast.Assert) for node in ast.parse(cell.source).body)
+        assert not only_asserts or "check" in tags, cell.source
+        assert max(map(len, cell.source.splitlines())) <= 88, "too wide for the site"
+        assert "XLA_FLAGS" not in cell.source, "a reader's GPU would take it too"
+
+
 @pytest.mark.parametrize("source", NOTEBOOKS[:1], ids=lambda path: path.stem)
 def test_a_false_claim_fails(source, tmp_path):
     notebook = jupytext.read(source)
-    # Up to the cell that imports: what follows has been executed above.
+    # The cell that imports is enough: the test above executes the rest.
     first = next(i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code")
     false = nbformat.v4.new_code_cell("assert vae.config.latent_channels == 3")
     notebook.cells = [*notebook.cells[: first + 1], false]

@@ -301,7 +301,7 @@ WRONG = {
     "one more": (lambda: changed(x=zeros(1)), "has besides 1 tensors, such as x"),
     "another model's channels": (
         lambda: changed(decoder_1_weight=zeros(256, 32, 3, 3)),
-        r"decoder\.1\.weight is float16 of \(256, 32, 3, 3\).*for 256 channels, is due",
+        r"decoder\.1\.weight is float16 of \(256, 32, 3, 3\).*must be floating, for 256 channels",
     ),
     "whole numbers": (
         lambda: changed(decoder_1_bias=zeros(256, dtype=torch.int32)),

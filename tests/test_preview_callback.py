@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import diffusers
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -106,6 +107,18 @@ def test_a_video_has_the_clips_side_by_side(tiny, tmp_path):
     video.write(tmp_path / "due.mp4", np.concatenate(due, axis=2), fps=12)
     assert (tmp_path / "0.mp4").read_bytes() == (tmp_path / "due.mp4").read_bytes()
     assert video.read(tmp_path / "0.mp4").shape == (1, 9, 32, 64, 3)
+
+
+def test_the_vae_as_a_preview(tmp_path):
+    """Its frames leave [-1, 1] where latents are noisy, and are clipped, as pipelines clip them."""
+    vae = cv.VAE(CONFIG, key=jax.random.key(0))
+    vae = eqx.tree_at(lambda v: v.decoder.conv_out.conv.weight, vae, replace_fn=lambda x: 100 * x)
+    latents = torch.from_numpy(np.array(normal((1, 3, 16, 4, 4))))
+    PreviewCallback(vae, tmp_path / "{step}.png")(fake(), 0, None, {"latents": latents})
+    clip = vae.decode(latents.permute(0, 1, 3, 4, 2).contiguous().numpy() / 0.7)
+    assert abs(clip).max() > 10
+    video.filmstrip(clip.clip(-1, 1), path=tmp_path / "due.png")
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "due.png").read_bytes()
 
 
 def test_latents_that_the_pipeline_drops(tiny, tmp_path):

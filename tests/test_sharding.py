@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 
 CASES = Path(__file__).with_name("eight_devices.py")
-# Compiling is nearly all of the time.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Compiling is nearly all of the time, so the flags of `make test` hold here too.
+FLAGS = " ".join(
+    (
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
+)
 
 
 @pytest.mark.timeout(1800)  # some sixty tests

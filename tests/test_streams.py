@@ -143,7 +143,7 @@ def test_a_step_that_fails_midway_says_where():
             raise ArithmeticError("no")
         return counting(x, cache)
 
-    with pytest.raises(RuntimeError, match="stopped at frame 3, those before it are done: no"):
+    with pytest.raises(RuntimeError, match="stopped at frame 3; the frames before it are done: no"):
         joined(cv.streamed(step, 2)(normal((1, 5, 1))))
 
 
@@ -155,7 +155,7 @@ def test_a_cache_that_was_given_to_a_step_that_failed_says_so(ahead):
         return counting(eqx.error_if(x, jnp.max(x) > 3, "too large"), cache)
 
     stream = cv.streamed(step, 2, ahead=ahead)(jnp.arange(6.0).reshape(1, 6, 1))
-    with pytest.raises(RuntimeError, match=r"stopped at frame 4, those before .*: too large$"):
+    with pytest.raises(RuntimeError, match=r"stopped at frame 4; the frames before .*: too large$"):
         joined(stream)
     assert stream.frame == 4
     if ahead:

@@ -71,6 +71,36 @@ def test_losses_compare_one_shape(unchecked):
         training.l1(jnp.zeros((1, 2, 2, 2, 3)), jnp.zeros((1, 1, 2, 2, 3)))
 
 
+def test_a_loss_of_ones_own_is_weighed_with_the_others(vae, clips):
+    """It sees float32, whatever is computed in, and the sum has its weight."""
+    given = []
+
+    def own(factor, decoded, clips):
+        given.append((decoded.dtype, clips.dtype))
+        return factor * jnp.mean(jnp.square(decoded - clips))
+
+    loss = training.ClipLoss(
+        l1=2.0, kl=0.0, perceptual=jax.tree_util.Partial(own, jnp.asarray(3.0)), perceptual_weight=5
+    )
+    total, terms = loss(vae, clips, jax.random.key(0))
+    assert terms["perceptual"] == pytest.approx(3 * float(terms["l2"]), rel=1e-5)
+    assert total == pytest.approx(2 * float(terms["l1"]) + 15 * float(terms["l2"]), rel=1e-5)
+    plain, others = training.ClipLoss(l1=2.0, kl=0.0)(vae, clips, jax.random.key(0))
+    assert plain == pytest.approx(2 * float(terms["l1"]), rel=1e-5)
+    assert set(terms) - set(others) == {"perceptual"}
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vae)
+    eqx.filter_eval_shape(loss, half, clips, jax.random.key(0))
+    assert set(sum(given, ())) == {jnp.dtype(jnp.float32)}
+
+
+def test_what_is_no_loss_of_ones_own(vae, clips, unchecked):
+    with pytest.raises(TypeError, match=r"of \(decoded, clips\), and its weight .* got 0\.1"):
+        training.ClipLoss(perceptual=0.1)
+    per_clip = training.ClipLoss(perceptual=lambda a, b: jnp.mean(a - b, axis=(1, 2, 3, 4)))
+    with pytest.raises(ValueError, match=r"must return a scalar, got shape \(4,\): take its mean"):
+        eqx.filter_eval_shape(per_clip, vae, clips, jax.random.key(0))
+
+
 def test_a_step_is_that_of_the_optimiser(vae, clips, trainer):
     key = jax.random.key(3)
     state, metrics = trainer.step(trainer.init(vae), clips, key)
@@ -167,6 +197,25 @@ def test_any_names_may_be_chosen(vae):
     trainer = training.Trainer(optax.adam(1e-3), trainable=lambda name: "norm" in name)
     due = ["norm" in name for name in jax.tree.leaves(tensor_names(vae))]
     assert momenta(trainer.init(vae)) == 2 * sum(due) > 0
+
+
+class Shifted(eqx.Module):
+    """A layer of one's own that holds more than arrays of floats."""
+
+    conv: eqx.Module
+    act: object
+    count: jax.Array
+
+    def __call__(self, x, cache=None):
+        y, cache = self.conv(x, cache)
+        return self.act(y), cache
+
+
+def test_functions_and_whole_numbers_are_never_trained(vae):
+    own = Shifted(vae.decoder.conv_in, jnp.tanh, jnp.arange(3))
+    own = eqx.tree_at(lambda v: v.decoder.conv_in, vae, own)
+    trainer = training.Trainer(optax.adam(1e-3), trainable=lambda name: "conv_in" in name)
+    assert momenta(trainer.init(own)) == 2 * 4
 
 
 def test_bfloat16_computes_and_float32_remembers(vae, clips):
@@ -303,8 +352,9 @@ def test_bad_batches_and_filters(vae, clips):
     with pytest.raises(ValueError, match="batch of 4 clips does not divide into 3 parts"):
         trainer.step(trainer.init(vae), clips, jax.random.key(0))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vae)
-    with pytest.warns(UserWarning, match="weights are bfloat16.*`dtype=jnp.float32`"):
+    with pytest.warns(UserWarning, match=r"weights are bfloat16.*`dtype=jnp\.float32`") as caught:
         training.Trainer(optax.sgd(1.0)).init(half)
+    assert [each.filename for each in caught] == [__file__]
     with pytest.raises(ValueError, match="chooses no tensor"):
         training.Trainer(optax.sgd(1.0), trainable=lambda name: False).init(vae)
 

@@ -17,6 +17,7 @@ from .._autoencoder import VAE
 from .._checks import warn
 from .._config import Config, read_fields
 from .._files import check_name, check_regular, staged
+from .._quantised import is_quantised
 from .files import CONFIG, INDEX, PICKLES, SHARD, WEIGHTS, find, read_json
 from .fingerprints import departures, is_array, skeleton
 from .names import file_names, from_stored, named, own_tensors, tensor_names, to_stored
@@ -38,7 +39,7 @@ _FEW = 100
 _CHUNK = 1 << 20
 _HINT = "give the config that belongs to these weights."
 _PICKLED = (
-    "is a pickle, which may run code when opened, and safetensors are due: load it with "
+    "is a pickle, which may run code when opened, and not safetensors: load it with "
     "`from_original`, which executes nothing, or convert it with diffusers' `save_pretrained`."
 )
 
@@ -69,18 +70,18 @@ def from_pretrained(
         is embedded; or a `.safetensors` file, together with `config`.
     - `config`: a `Config`, the name of a `Config.preset`, or the path of a `config.json` or its
         directory. It is needed for a file; elsewhere it takes the place of `config.json`.
-    - `subfolder`: another place of the files in a directory or on the hub.
-    - `dtype`: of the weights; None keeps that of the checkpoint (float32, when it mixes several).
-        Weights of 8 bits need one to be cast to, and torch to be read.
+    - `subfolder`: the folder of the files in the directory or on the hub, if it is another.
+    - `dtype`: of the weights; None keeps that of the checkpoint (float32 if it mixes several).
+        Weights of 8 bits need a `dtype` to be cast to, and torch to be read.
     - `revision`, `token`, `cache_dir`, `local_files_only`: as in `huggingface_hub`.
-    - `mesh`: devices, on each of which a copy of the weights is put.
+    - `mesh`: devices, each of which gets a copy of the weights.
 
     **Returns:** the model. Keys of `config.json` that change nothing, such as `sample_size`, are
     ignored with a warning.
 
     **Raises:** `ValueError` that names all missing, unexpected, misshapen and not finite
     tensors; for a config of another model, a truncated file, a pickle, a file without `config`;
-    `FileNotFoundError`; `OSError` where the hub does not give the files.
+    `FileNotFoundError`; `OSError` if the hub does not give the files.
     """
     files = find(
         name_or_path,
@@ -143,7 +144,7 @@ def from_original(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Stored):
             raise ValueError(
-                f"{name!r} in {path} is of type {type(tensor).__name__}, and a tensor is due: "
+                f"{name!r} in {path} is of type {type(tensor).__name__}, not a tensor: "
                 "save the state dict alone."
             )
     return _filled(found, tensors, dtype, None, str(path))
@@ -152,10 +153,10 @@ def from_original(
 def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
     """Writes a directory that diffusers' and our `from_pretrained` load, each weight bit by bit.
 
-    It appears whole or not at all, and a checkpoint already there stays as it is until the new
-    one is complete. Other files in the directory stay, but for the shards of an old checkpoint.
-    A process killed at the very end of saving over a checkpoint of another config leaves none, if
-    it does not leave the old or the new one: never a mixture.
+    It appears whole or not at all, and a checkpoint that is there stays until the new one is
+    complete. Other files in the directory stay, except the shards of the old checkpoint. If a
+    process is killed at the very end of saving over a checkpoint with another config, it may leave
+    no checkpoint; it never leaves a mixture.
 
     **Arguments:**
 
@@ -163,8 +164,8 @@ def save_pretrained(vae: VAE, path: str | os.PathLike) -> None:
     - `path`: the directory; missing parents are created.
 
     **Raises:** `ValueError` for a model that is not whole, or that computes something else than
-    its config says, such as one that pads by replication; `OSError` where the files cannot be
-    written.
+    its config says, such as one that pads by replication, and for one from `quantised`; `OSError`
+    if the files cannot be written.
     """
     tensors = stored_tensors(vae)
     fields = {"_class_name": "AutoencoderKLCogVideoX", "_diffusers_version": _DIFFUSERS_VERSION}
@@ -235,8 +236,8 @@ def _check_depth(config: Config, held: int, where: str) -> None:
     # Two convolutions and more in each, and a file may lack some.
     if resnets > max(2 * held, _FEW):
         raise ValueError(
-            f"the {held} tensors in {where} do not fit the model, which has {resnets} resnet "
-            f"blocks, by `layers_per_block`={config.layers_per_block}; {_HINT}"
+            f"the {held} tensors in {where} do not fit the model, whose "
+            f"`layers_per_block`={config.layers_per_block} makes {resnets} resnet blocks; {_HINT}"
         )
 
 
@@ -267,8 +268,8 @@ def _dtype(asked: Any, tensors: Mapping[str, Stored], where: str) -> np.dtype:
     if asked is None:
         if small := held & FLOATS_OF_8_BITS:
             raise ValueError(
-                f"{where} holds {min(small)} weights, in which nothing is computed: ask for "
-                "another `dtype=`, such as `jnp.bfloat16`."
+                f"{where} holds {min(small)} weights, a dtype that only stores numbers: give a "
+                "`dtype=` to compute in, such as `jnp.bfloat16`."
             )
         known = held & FLOATS.keys()
         name = known.pop() if len(known) == 1 else "float32"
@@ -281,7 +282,7 @@ def _dtype(asked: Any, tensors: Mapping[str, Stored], where: str) -> np.dtype:
         raise ValueError(f"`dtype` must be one of {', '.join(FLOATS)}, got {name}.")
     if name == "float64" and not doubles:
         raise ValueError(
-            "`dtype` float64 was asked for, and JAX has 64 bits off: call "
+            "`dtype` float64 needs JAX's 64-bit mode, which is off: call "
             "`jax.config.update('jax_enable_x64', True)` first, or ask for float32."
         )
     return FLOATS[name]
@@ -328,6 +329,11 @@ def stored_tensors(vae: VAE) -> dict[str, Stored]:
 
     **Raises:** `ValueError` for a model that is not whole, or not as its config says.
     """
+    if is_quantised(vae):
+        raise ValueError(
+            "cannot save a model whose weights are held in 8 bits, as diffusers' files have no "
+            "scales: save `cv.dequantised(vae)`, or use `eqx.tree_serialise_leaves`."
+        )
     due = named(skeleton(vae.config))
     leaves = {
         name: leaf
@@ -344,13 +350,13 @@ def stored_tensors(vae: VAE) -> dict[str, Stored]:
     ]
     if wrong:
         raise ValueError(
-            f"cannot save a model that is not as its config says, in {len(wrong)} places, "
-            f"such as {min(wrong)}: give every parameter as a floating array."
+            f"cannot save a model that differs from its config in {len(wrong)} places, such as "
+            f"{min(wrong)}: give every parameter as a floating array."
         )
     for place, what in departures(vae).items():
         raise ValueError(
-            f"cannot save a model with {place.strip('.')}={what}: diffusers' config has no word "
-            "for it, and another model would be loaded; use `eqx.tree_serialise_leaves`."
+            f"cannot save a model with {place.strip('.')}={what}: diffusers' config has no field "
+            "for it, so another model would be loaded; use `eqx.tree_serialise_leaves`."
         )
     return {name: _stored_leaf(leaf) for name, leaf in leaves.items()}
 

@@ -94,8 +94,8 @@ class _Directory:
         place = self.path / folder
         for pickle in _pickles(place):
             return ValueError(
-                f"{pickle} is a pickle, which may run code when opened, and {WEIGHTS} is due: "
-                "convert it with diffusers' `save_pretrained(..., safe_serialization=True)`."
+                f"{pickle} is a pickle, which may run code when opened: convert it to {WEIGHTS} "
+                "with diffusers' `save_pretrained(..., safe_serialization=True)`."
             )
         return FileNotFoundError(
             f"there is no {WEIGHTS} in {place}, nor an {INDEX}, beside its {CONFIG}: "
@@ -167,7 +167,7 @@ def _source(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> Path | _Dir
         return _Directory(path)
     if path.is_file() and path.suffix in PICKLES:
         raise ValueError(
-            f"{path} is a pickle, and safetensors are due: load it with `from_original`, which "
+            f"{path} is a pickle, and not safetensors: load it with `from_original`, which "
             "executes nothing, or convert it with diffusers' `save_pretrained`."
         )
     if path.exists():

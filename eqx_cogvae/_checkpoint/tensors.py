@@ -79,15 +79,14 @@ def read_torch(path: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(
             f"torch refuses to read {path} as weights alone ({_torch_reason(error)}), and nothing "
-            "was executed: copy or download it again, or get the weights as safetensors from who "
-            "made them."
+            "was executed: copy or download it again, or ask its author for safetensors."
         ) from error
     for _ in _NESTS:
         nests = _NESTS if isinstance(tree, dict) else ()
         tree = next((tree[key] for key in nests if isinstance(tree.get(key), dict)), tree)
     if not isinstance(tree, dict):
         raise ValueError(
-            f"{path} holds a value of type {type(tree).__name__}, and named tensors are due: "
+            f"{path} holds a value of type {type(tree).__name__}, not named tensors: "
             "give zai-org's 3d-vae.pt, or a state dict."
         )
     is_tensor = lambda value: isinstance(value, torch.Tensor)  # noqa: E731

@@ -66,15 +66,18 @@ def framewise(step: Step, size: int, *, first: int | None = None) -> Framewise:
 
     The clip's axis 1 is cut into batches of `size`. By default the first one takes the remainder:
     49 frames by 8 are 9, 8, 8, 8, 8, 8. With `first=1` it takes one frame, and the last batch
-    takes what is left: 12 latents by 2 are 1, 2, 2, 2, 2, 2, 1. Each batch is handed the cache
-    that the one before it returned. Equals `streamed` with the same arguments bit for bit; without
-    `first` diffusers at the same frame batch size, with `first=1` the VAE of CogVideoX-Fun, which
+    takes what is left: 12 latents by 2 are 1, 2, 2, 2, 2, 2, 1. Each batch gets the cache that
+    the batch before it returned.
+
+    The result equals that of `streamed` with the same arguments bit for bit. Without `first` it
+    equals diffusers at the same frame batch size. With `first=1` it equals CogVideoX-Fun, which
     decodes `t` latents to `4 (t - 1) + 1` frames for even `t` too.
 
-    Outside of a trace two programs are compiled, one for the first batch (no cache) and one for
-    the steady ones, whatever the length of the clip; another remainder, frame size or dtype
-    compiles anew. While tracing, the steady batches are one `lax.scan`; a `jax.jit` around it
-    compiles anew for each length. `eqx.filter_checkpoint(step)` bounds the memory of gradients.
+    Outside of a trace two programs are compiled, whatever the length of the clip: one for the
+    first batch, which has no cache, and one for the steady ones. Another remainder, frame size or
+    dtype compiles anew. While tracing, the steady batches are one `lax.scan`; a `jax.jit` around
+    it compiles anew for each length. `eqx.filter_checkpoint(step)` bounds the memory of
+    gradients.
 
     **Arguments:**
 

@@ -46,7 +46,7 @@ class Sharded(Transform):
         self._check(args, "")
         cut = any(among > 1 for name, (_, among) in self._cuts().items() if name != "batch")
         with split(split.value or cut):
-            explicit = explicit_mesh((self, args))
+            explicit = explicit_mesh((args, self))
             if explicit is None:
                 return self._called(args)
             called = lambda self, args: self._called(args)  # noqa: E731
@@ -136,19 +136,21 @@ def sharded(
     height: str | None = None,
     width: str | None = None,
 ) -> Sharded:
-    """Runs `fn` on all devices of a mesh, each with its part of every video.
+    """Returns a function that runs `fn` on all devices of a mesh.
 
-    Equals `fn` itself, to rounding: XLA's partitioner exchanges the rows and columns that
-    convolutions see across an edge and reduces the moments of norms over all devices, and what
-    a device holds of activations falls with their number. Arrays of five axes, BTHWC, in the
-    arguments and the results are cut into equal parts, of two rows and two columns or more. The
-    weights in `fn` are copied to every device, once, here: a model from
-    `from_pretrained(..., mesh=mesh)` is there already. Height and width should be cut here, not by
-    placing arrays alone: the layers are told, and leave out what would gather whole frames.
+    It equals `fn` itself, to rounding. XLA's partitioner exchanges the rows and columns that
+    convolutions see across an edge, and reduces the moments of norms over all devices. The memory
+    of activations on a device falls with the number of devices.
 
-    Goes around the whole function, `sharded(framewise(vae.decode_step, 2), mesh, ...)`, and
-    inside of `tiled` and `sliced`. While tracing it constrains shardings only: the arguments of
-    the program must be on the mesh then, or not be committed to a device.
+    Arrays of five axes, BTHWC, in the arguments and the results are cut into equal parts, of two
+    rows and two columns or more. The weights in `fn` are copied to every device once, by this
+    call; a model from `from_pretrained(..., mesh=mesh)` is there already. Cut height and width
+    here, and not by placing arrays alone: the layers then know of it, and leave out what would
+    gather whole frames.
+
+    Put it around the whole function, `sharded(framewise(vae.decode_step, 2), mesh, ...)`, and
+    inside of `tiled` and `sliced`. While tracing it only constrains shardings: the arguments of
+    the program must then be on the mesh, or not be committed to a device.
 
     !!! Example
 
@@ -164,10 +166,11 @@ def sharded(
     - `mesh`: the devices. See `best_mesh`.
     - `batch`, `height`, `width`: the axis of the mesh that each is cut over, or None.
 
-    **Returns:** a function as `fn`, itself a PyTree, whose results stay cut.
+    **Returns:** a function with the arguments and results of `fn`, itself a PyTree. Results stay
+    cut.
 
     **Raises:** `ValueError` for axes that the mesh lacks, and, when called, for a side of an
-    argument or a result that does not divide; it lists sizes that do.
+    argument or a result that does not divide; it names sizes that do.
     """
     # A mesh of explicit axes would have every operation of `fn` say how it is cut.
     mesh = automatic(mesh)
@@ -178,18 +181,21 @@ def sharded(
 
 
 def best_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all `devices` with axes "batch", "height" and "width" that divide `shape`.
+    """Returns a mesh of devices whose axes divide the sides of a clip.
 
-    Batch goes first, as far as it divides, since its parts exchange nothing. Then height and
-    width are cut such that the edges between the parts are shortest; height before width where
-    that is equal.
+    The batch is cut first, as far as it divides, since its parts exchange nothing. Then height and
+    width are cut so that the edges between the parts are shortest; of equal edges, height is cut
+    before width.
 
     **Arguments:**
 
-    - `shape`: of BTHWC latents. What divides them divides the video as well.
+    - `shape`: of BTHWC latents. A mesh that divides them divides the video as well.
     - `devices`: all that JAX has, by default.
 
-    **Raises:** `ValueError` that says how many devices would do, if these do not.
+    **Returns:** a mesh with axes "batch", "height" and "width".
+
+    **Raises:** `ValueError` if no mesh of these devices divides the sides; it names counts of
+    devices that do.
     """
     devices = jax.devices() if devices is None else devices
     if len(shape) != _RANK:
@@ -199,7 +205,7 @@ def best_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
         fewer = [n for n in range(1, len(devices)) if _divisions(sides, n)]
         raise ValueError(
             f"no mesh of {len(devices)} devices divides {sides}: "
-            f"give as many `devices` as one of {fewer}."
+            f"give a number of `devices` that does, one of {fewer}."
         )
     height, width = sides["height"], sides["width"]
     best = min(ways, key=lambda way: (-way[0], height / way[1] + width / way[2], -way[1]))

@@ -1,4 +1,4 @@
-"""One clip at a time."""
+"""Calls a function on one clip of a batch at a time."""
 
 from collections.abc import Callable
 
@@ -28,10 +28,18 @@ class Sliced(Transform):
 
 
 def sliced(fn: Callable) -> Sliced:
-    """Calls `fn` on one element of axis 0 at a time, and joins the results: less memory.
+    """Returns a function that calls `fn` on one element of the batch at a time: less memory.
 
-    Equals `fn` itself, to rounding, where that treats the elements of a batch alike. Every array
-    of the arguments and of the result must have the batch as axis 0.
+    It equals `fn` itself, to rounding, if that treats the elements of a batch alike.
+
+    **Arguments:**
+
+    - `fn`: a function of PyTrees of arrays. Every array of the arguments and of the result has the
+        batch as axis 0.
+
+    **Returns:** a function with the arguments and the result of `fn`, itself a PyTree.
+
+    **Raises:** `ValueError`, when called, for arguments that differ in axis 0.
     """
     return Sliced(fn)
 

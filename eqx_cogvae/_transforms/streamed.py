@@ -45,12 +45,13 @@ class _Pending(NamedTuple):
 class Stream(Iterator):
     """Iterates over the results of a step; `cache` and `frame` tell how far it has come.
 
-    `cache` is what the batch of the last result returned, and is given away when the next result
-    is asked for. `frame` counts the input frames that the results so far were made of. A
-    `KeyboardInterrupt` leaves both as they belong together, for another stream to go on from:
-    while a batch is dispatched it waits until the result after that batch's is asked for. An error
-    within a step takes the cache along that was given to it: `cache` then raises an
-    `AttributeError` that says so. A stream that runs ahead keeps it.
+    `cache` is what the batch of the last result returned; it is deleted when the next result is
+    asked for. `frame` counts the input frames that the results so far were made of.
+
+    A `KeyboardInterrupt` leaves both in step, so another stream can go on from them. It is held
+    back while a batch is dispatched, until the result after that batch's is asked for. An error
+    within a step deletes the cache that the step was given: `cache` then raises an
+    `AttributeError` that says so. A stream that runs ahead keeps its cache.
     """
 
     cache: Cache
@@ -96,7 +97,7 @@ class Stream(Iterator):
                 raise
             kind, reason = _told(error)
             raise kind(
-                f"the stream stopped at frame {self.frame}, those before it are done: {reason}"
+                f"the stream stopped at frame {self.frame}; the frames before it are done: {reason}"
             ) from error
 
     def _next_in_turn(self) -> PyTree[Array]:
@@ -169,13 +170,13 @@ def streamed(
 ) -> Streamed:
     """Returns a function from a clip to an iterator over the results of its frame batches.
 
-    Memory is constant however long the clip, and no more than one batch is in flight. The
+    Memory is constant however long the clip is, and no more than one batch is in flight. The
     results, joined, equal `framewise(step, size, first=first)` bit for bit.
 
-    A stream that runs ahead dispatches a batch before it gives the result of the one before: the
-    device computes while the caller copies that result to the host and writes it. The device then
-    holds two caches, the one before the batch for `.cache` and the one behind it. A stream that
-    does not donates the cache from step to step, and holds one.
+    A stream that runs ahead dispatches a batch before it gives the result of the batch before it:
+    the device computes while the caller copies that result to the host and writes it. The device
+    then holds two caches, `.cache` and the one after the batch in flight. A stream that does not
+    run ahead donates the cache from step to step, and holds one.
 
     !!! Example
 
@@ -189,28 +190,29 @@ def streamed(
 
     - `step`: `(frames, cache) -> (result, cache)`, such as `vae.decode_step`.
     - `size`: frames in a batch.
-    - `first`: frames in the first batch, and the last one takes what is left; None lets the first
-        take the remainder. See `framewise`.
+    - `first`: frames in the first batch; the last batch then takes what is left. None lets the
+        first batch take the remainder. See `framewise`.
     - `ahead`: True runs ahead, and reads one batch more than it has given results of; False never
         does. None runs ahead of an array or a list, whose frames are all there, and not of another
-        iterable, whose frames may come late or follow from the results.
-    - `progress`: show a bar of frames.
+        iterable, whose frames may come late or depend on the results.
+    - `progress`: True shows a bar of frames.
 
-    **Returns:** a function of
+    **Returns:** a function that takes
 
     - `frames`: an array `(b, t, ...)`, or an iterable of arrays: pieces `(b, t_i, h, w, c)` or
-        single frames `(b, h, w, c)`.
-    - `cache`: a stream's `.cache`, also one that was saved and read again: goes on behind the
-        batch that it came from. There is no remainder then, and with `first` any is the last's.
-    - `length`: frames that an iterable holds in all; a list knows. Where nothing tells, the
-        first piece does: its frames modulo `size` are taken for the clip's. One frame at a
-        time suits 8k + 1 frames of video, and 2k + 1 latents. With `first` nothing need tell.
+        single frames `(b, h, w, c)`;
+    - `cache`: a stream's `.cache`, also one that was saved and read again. The new stream goes on
+        after the batch that it came from, and its first batch takes no remainder;
+    - `length`: number of frames that an iterable holds in all. A list knows it. If nothing tells
+        it, the first piece does: its frames modulo `size` are taken for the clip's. One frame at
+        a time suits 8k + 1 frames of video, and 2k + 1 latents. With `first` it is not needed;
 
-    It gives an iterator, with `.cache` and `.frame`, the count of frames done.
+    and returns an iterator over results, with `.cache` and `.frame`, the number of frames done.
 
-    **Raises:** `ValueError` for a `size` or a `first` below 1. While iterating, once results were
-    given: `ValueError` for frames that change their size or do not fill the last batch,
-    `RuntimeError` for what else goes wrong, both of which say at which frame the stream stopped.
+    **Raises:** `ValueError` for a `size` or a `first` below 1. While iterating: `ValueError` for
+    frames that change their size or do not fill the last batch, and `RuntimeError` for any other
+    fault; both say at which frame the stream stopped. Before the first result a fault is raised
+    as it is.
     """
     return Streamed(step, size, first, ahead, progress)
 
@@ -251,9 +253,15 @@ class AsUint8(eqx.Module):
 
 
 def as_uint8(step: Step) -> AsUint8:
-    """A step whose frames are pixels, 0 to 255, before they leave the device.
+    """Returns a step whose frames are pixels before they leave the device.
 
-    A quarter of the bytes of float32: `streamed(as_uint8(vae.decode_step), 2)`.
+    They take a quarter of the bytes of float32: `streamed(as_uint8(vae.decode_step), 2)`.
+
+    **Arguments:**
+
+    - `step`: `(latents, cache) -> (frames, cache)`, frames in [-1, 1], such as `vae.decode_step`.
+
+    **Returns:** a step whose frames are uint8 from 0 to 255, clipped and rounded to the nearest.
     """
     return AsUint8(step)
 
@@ -318,8 +326,8 @@ class _Source:
             like = _but_frames(piece)
             if (self._like or like) != like:
                 raise ValueError(
-                    f"frames change from {self._like} to {like} midway: "
-                    "a stream is of one batch, height, width and channel count."
+                    f"frames change from (b, h, w, c) = {self._like} to {like}: "
+                    "a stream has one batch size, height, width and channel count."
                 )
             self._like = like
             self._waiting.append(piece)
@@ -330,8 +338,8 @@ class _Source:
         held = self._fill(count)
         if held < count:
             raise ValueError(
-                f"{held} frames are left for a batch of {count}: say `length=` beforehand, so "
-                "that the first batch takes the remainder."
+                f"{held} frames are left for a batch of {count}: give the stream its `length=`, "
+                "so that the first batch takes the remainder."
             )
         taken = _concatenate(self._waiting)
         self._waiting = [cut(taken, count, held)] if held > count else []

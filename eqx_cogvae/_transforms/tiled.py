@@ -30,9 +30,16 @@ def blend(
 ) -> Shaped[Array, "..."]:
     """Fades the first `extent` entries of `after` in over the last `extent` of `before`.
 
-    A linear ramp, `before * (1 - i / extent) + after * (i / extent)` for the i-th entry along
-    `axis`, rounded to the nearest where the arrays are of whole numbers. An extent beyond either
-    array is cut to the smaller of them.
+    The i-th entry along `axis` is `before * (1 - i / extent) + after * (i / extent)`, rounded to
+    the nearest if the arrays hold whole numbers.
+
+    **Arguments:**
+
+    - `before`, `after`: neighbouring tiles, of equal sizes along all other axes.
+    - `extent`: number of entries that overlap; at most those of either array are used.
+    - `axis`: the axis along which they are neighbours.
+
+    **Returns:** `after`, with its first entries blended.
 
     **Raises:** `ValueError` for a negative extent.
     """
@@ -157,29 +164,30 @@ def tiled(
     edges: str = "clip",
     progress: bool = False,
 ) -> Tiled:
-    """Calls `fn` on overlapping tiles of height and width, and blends them linearly.
+    """Returns a function that calls `fn` on overlapping tiles and blends them linearly.
 
-    Only approximates `fn` itself: a tile does not see beyond its edges. With `edges="clip"` it
-    equals diffusers' tiled encode and decode, where those return video of the right size. As
-    there, tiles are cut only if the video exceeds `size`, each is blended with the one above it
-    and then the one to its left, and those are blended already.
+    It only approximates `fn`, because a tile does not see beyond its edges. With `edges="clip"` it
+    equals diffusers' tiled encode and decode, if those return video of the right size. As there,
+    tiles are cut only if the video exceeds `size`. Each tile is blended with the tile above it,
+    then with the tile to its left, and both of those are blended already.
 
     While tracing, tiles of equal shape share one compiled body under `lax.map`: the program needs
     the memory of one tile, of all tiles' results before they are blended, and of the output.
-    Otherwise every tile is a compiled call of its own, and two rows of results are kept.
+    Outside of a trace every tile is a call of a compiled program, and two rows of results are
+    kept.
 
     **Arguments:**
 
     - `fn`: `(b, t, h, w, c) -> (b, t', h', w', c')`, such as `framewise(vae.decode_step, 2)`; a
-        PyTree of such arrays may come back. How much it enlarges or shrinks is inferred.
+        PyTree of such arrays may come back. Its factor of enlarging or shrinking is inferred.
     - `size`: height and width of a tile, in cells of `fn`'s input.
     - `overlap`: fractions of the tile's height and width, in [0, 1). The stride is rounded down
         to a whole number of cells, on both sides of `fn`; ramp and crop follow from it.
     - `edges`: `"clip"` cuts the last tiles short; `"shift"` moves them inward, so that all are
         of one shape.
-    - `progress`: show a bar, when not tracing.
+    - `progress`: True shows a bar, if not tracing.
 
-    **Returns:** a function of `x`, itself a PyTree, whose result is of the size that `fn(x)` has.
+    **Returns:** a function of `x`, itself a PyTree, whose result has the size of `fn(x)`.
 
     **Raises:** `ValueError` for a size or overlap that leaves no tile, and, when called, for a
     tile that is no multiple of what `fn` compresses by.

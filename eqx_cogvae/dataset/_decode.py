@@ -136,7 +136,7 @@ class Decoder:
             if not finite:
                 raise ValueError(
                     f"its latents decode to NaN or infinite values from frame {done} on: decode "
-                    "with float32 or bfloat16, and look to what made them."
+                    "with float32 or bfloat16, and check what made them."
                 )
             yield frames[:, : count - done]
             start, done = start + size, done + frames.shape[1]

@@ -54,15 +54,14 @@ class LatentsSource:
     - `source`: the folder that `dataset.encode` wrote, whose manifests are read; one such
         `manifest.jsonl`; or, without a manifest, a folder of latents files and WebDataset tars, or
         one of them. Each line of a manifest is an example, whether its clip is a file or in a tar.
-    - `key`: a `jax.random.key`: where a clip has its posterior, as `latents="posterior"` encodes
-        it, latents are drawn from it, the same ones for a key and a number at each access. None
-        gives the mean. `with_key` makes a source of other draws, for another epoch.
+    - `key`: a `jax.random.key`. If a clip's file holds the posterior, as `latents="posterior"`
+        encodes it, latents are drawn from it: the same ones for a key and a number at each
+        access. None gives the mean. `with_key` makes a source of other draws, for another epoch.
     - `dtype`: of the latents; None keeps the file's, such as bfloat16, which torch cannot collate.
     - `layout`: `"BTHWC"`, or `"BCTHW"` as torch has it. Latents have no batch axis in either.
 
-    **Raises:** `FileNotFoundError`; `ValueError` for a list or a tar that cannot be read, or where
-    there are no latents. Reading a clip raises as `load_latents`, and `IndexError` for a number
-    outside.
+    **Raises:** `FileNotFoundError`; `ValueError` for a list or a tar that cannot be read, or if
+    there are no latents.
     """
 
     def __init__(
@@ -81,7 +80,14 @@ class LatentsSource:
         self._seeds = _seeds(key)
 
     def with_key(self, key: Key | None) -> "LatentsSource":
-        """Returns a source of the same clips that draws latents by another key."""
+        """Returns a source of the same clips that draws latents by another key.
+
+        **Arguments:**
+
+        - `key`: a `jax.random.key`, or None for the mean.
+
+        **Returns:** the source; the files are not listed again.
+        """
         other = copy.copy(self)
         other._seeds = _seeds(key)
         return other
@@ -94,7 +100,17 @@ class LatentsSource:
         return f"LatentsSource({str(self._source)!r}, {len(self)} clips)"
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        """Reads the clip of that number; negative ones count from the end."""
+        """Reads a clip.
+
+        **Arguments:**
+
+        - `index`: its number, from 0 on; negative numbers count from the end.
+
+        **Returns:** an `Example`.
+
+        **Raises:** `IndexError` for a number outside; as `load_latents` for a file that cannot be
+        read.
+        """
         given = operator.index(index)
         number = given + len(self) if given < 0 else given
         if not 0 <= number < len(self):

@@ -28,16 +28,18 @@ ENGINES = ("local", "ray")
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Counts sources done of all, clips written, and seconds passed.
-
-    `fresh` counts the sources that gave new clips.
-    """
+    """The state of a run after a source, as the `progress` of `encode` and `decode` gets it."""
 
     sources: int
+    """Number of sources done."""
     of: int
+    """Number of all sources."""
     written: int
+    """Number of clips, or videos, that this run wrote."""
     seconds: float
+    """Seconds since the run began."""
     fresh: int = 0
+    """Number of sources of which this run wrote something."""
 
     @property
     def clips_per_second(self) -> float:
@@ -46,7 +48,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds left, at the pace of sources that were not done before; None before the first."""
+        """Seconds left, by the pace of sources that gave something new; None before the first."""
         if not self.fresh:
             return None
         return (self.of - self.sources) * self.seconds / self.fresh
@@ -54,20 +56,22 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Sums up a run; as text it is a table.
-
-    `clips` counts all that there are now, `written` those that this run added; `skipped` has
-    the name and the reason of each source that was not read to its end. `spent` has the seconds
-    of the threads that decode videos, and those that the encoder waited for them, was in the
-    model, and wrote. Little `wait` means that the model is the bottleneck.
-    """
+    """The sum of a run; print it for a table."""
 
     sources: int
+    """Number of sources."""
     clips: int
+    """Number of clips, or videos, that there are now."""
     written: int
+    """Number of those that this run wrote."""
     skipped: tuple[tuple[str, str], ...]
+    """Name of each source that was not read to its end, and the reason."""
     seconds: float
+    """Seconds that the run took."""
     spent: Mapping[str, float]
+    """Seconds by kind of work: of `encode`, in the threads that decode videos (`decode`), waiting
+    for them (`wait`), in the model (`encode`) and writing (`write`). Little `wait` means that the
+    model is the bottleneck. Of `decode`, reading, decoding and writing."""
 
     def __str__(self) -> str:
         rows = [
@@ -123,11 +127,14 @@ def encode(
 
     **Arguments:**
 
+    - `vae`: the model. Its dtype is that of the latents.
     - `source`: a folder; a WebDataset tar, or a folder of them; a list of files as `.txt`,
         `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet`, under `video`, `path`, `file_name` or
         the like, whose other columns go into the manifest; or one video. In folders and tars,
         `NAME.txt` is the caption and `NAME.json` the columns of the video NAME. A column that
         the manifest has itself, such as `fps`, is kept as `input_fps`.
+    - `destination`: a folder, created if it is not there.
+    - `settings`: a `Settings`; None has its defaults.
     - `container`: `"safetensors"`, or `"webdataset"`: at the end of the run the files move into
         `latents-000000.tar` and so on.
     - `per_tar`: clips in a tar.
@@ -135,15 +142,16 @@ def encode(
         Their lists are `manifest-i-of-n.jsonl`.
     - `engine`: `"local"`, on every device of this process, or `"ray"`, Ray Data, with an actor
         for each accelerator of the cluster; sources and destination must be there on each node.
-    - `decoders`: threads that decode videos ahead of the model, per process.
-    - `actors`: for Ray, how many at most; None is one for each accelerator.
+    - `decoders`: number of threads that decode videos ahead of the model, per process.
+    - `actors`: number of Ray's actors at most; None is one for each accelerator.
     - `progress`: called with a `Progress` after each video.
 
-    **Returns:** a `Summary`. Warns of videos with fewer frames a second than `settings.fps`.
+    **Returns:** a `Summary`. A warning names videos with fewer frames per second than
+    `settings.fps`.
 
     **Raises:** `FileNotFoundError` or `ValueError` for a source that is not there, a list that
-    cannot be read, or settings that do not suit the model; `BlockingIOError` where another run
-    writes to the same shard of the destination; `OSError` where results cannot be written;
+    cannot be read, or settings that do not suit the model; `BlockingIOError` if another run
+    writes to the same shard of the destination; `OSError` if results cannot be written;
     `ImportError` for an extra that is missing.
     """
     settings = settings or Settings()
@@ -187,15 +195,17 @@ def decode(
 
     **Arguments:**
 
+    - `vae`: the model.
     - `source`: a folder of `.safetensors`, or of WebDataset tars that hold such; a tar; a list, as
         for `encode`; or one file.
-    - `fps`: frames a second of the videos; None is what the file says, or 8.
-    - `layout`: the layout of latents whose file does not say.
-    - `first`: latents in the first batch, as in `framewise`: 1 decodes as CogVideoX-Fun does.
+    - `destination`: a folder, created if it is not there.
+    - `fps`: frames per second of the videos; None is the rate in the file, or 8.
+    - `layout`: the layout of latents whose file does not say, `"BTHWC"` or `"BCTHW"`.
+    - `first`: number of latents in the first batch, as in `framewise`; CogVideoX-Fun takes 1.
     - `shard`, `progress`: as for `encode`.
-    - `threads`: how many files at a time: one is compressed while another decodes.
+    - `threads`: number of files at a time: one is compressed while another decodes.
 
-    **Returns:** a `Summary`. Warns of latents that another model encoded.
+    **Returns:** a `Summary`. A warning names latents that another model encoded.
 
     **Raises:** as `encode`.
     """
@@ -296,7 +306,7 @@ def _telling_of_slow(results: Iterable[Result], fps: float | int | None) -> Iter
 def _warn_of_others(clips: list[dict[str, Any]], mine: str) -> None:
     others = Counter(c["encoded_by"] for c in clips if c["encoded_by"] not in (None, mine))
     for other, count in sorted(others.items()):
-        warn(f"{count} latents were encoded by model {other}, and this is {mine}.")
+        warn(f"{count} latents were encoded by model {other}, and decoded by {mine}.")
 
 
 __all__ = ["Progress", "Settings", "Summary", "decode", "encode"]

@@ -69,7 +69,7 @@ class Item:
             if target.tell() < self.size:
                 raise ValueError(
                     f"{self.name} is cut short with its tar: {target.tell()} of {self.size} "
-                    "bytes are there, copy the tar again."
+                    "bytes are there; copy the tar again."
                 )
             yield Path(target.name), digest
 

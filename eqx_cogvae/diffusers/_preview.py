@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import video
+from .._autoencoder import VAE
 from .._files import check_writable
 from ..preview import Preview
 from ..video._write import CONTAINERS
@@ -30,7 +31,8 @@ class PreviewCallback:
 
     **Arguments:**
 
-    - `preview`: the tiny autoencoder, from `eqx_cogvae.preview.load`.
+    - `preview`: the tiny autoencoder, from `eqx_cogvae.preview.load`; or a `VAE`, which is slower
+        and shows what the pipeline would return.
     - `path`: the name of the files, with `{step}` for the number of the step, from 0 on: a `.png`
         is a film strip, with a row for each clip; `.mp4`, `.mov` and `.mkv` are a video, with the
         clips of a batch side by side. Steps of an earlier run are replaced.
@@ -44,7 +46,7 @@ class PreviewCallback:
 
     def __init__(
         self,
-        preview: Preview,
+        preview: Preview | VAE,
         path: str | os.PathLike,
         *,
         every: int = 1,
@@ -68,7 +70,17 @@ class PreviewCallback:
     def __call__(
         self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
     ) -> dict[str, Any]:
-        """Writes this step, if it is one of those; returns the pipeline's tensors as they are."""
+        """Writes the pictures of a step, if it is one of those to write.
+
+        **Arguments:**
+
+        - `pipe`: the pipeline, which calls this.
+        - `step`: number of the step, from 0 on.
+        - `timestep`: not used.
+        - `tensors`: the pipeline's tensors, with its `latents`.
+
+        **Returns:** `tensors`, unchanged.
+        """
         del timestep
         if (step + 1) % self._every == 0 or step + 1 == pipe.num_timesteps:
             self._write(step, self._decoded(pipe, tensors["latents"]))
@@ -80,7 +92,9 @@ class PreviewCallback:
         # CogVideoX 1.5 fills an odd count up in front to an even one, and drops that in the end.
         if getattr(pipe.transformer.config, "patch_size_t", None) and array.shape[1] % 2 == 0:
             array = array[:, 1:]
-        return np.asarray(self._preview.decode(array / pipe.vae.config.scaling_factor), np.float32)
+        frames = self._preview.decode(array / pipe.vae.config.scaling_factor)
+        # A VAE leaves [-1, 1] where latents are noisy; pipelines clip its frames as well.
+        return np.clip(np.asarray(frames, np.float32), -1, 1)
 
     def _write(self, step: int, clips: np.ndarray) -> None:
         path = self._named(step)

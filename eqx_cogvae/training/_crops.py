@@ -21,15 +21,14 @@ _SEGMENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A clip to cut crops from: a video file, or frames (t, h, w, 3) in [-1, 1] or uint8.
-
-    `height` is what frames of a file are resized to, keeping their aspect; None keeps their
-    size. `weight` says how often it is drawn, beside the others' weights.
-    """
+    """A clip to cut crops from."""
 
     clip: str | os.PathLike | video.Frames
+    """A video file, or frames (t, h, w, 3), floating in [-1, 1] or uint8."""
     height: int | None = None
+    """Height in pixels that a file's frames are resized to, keeping their aspect; None keeps it."""
     weight: float = 1.0
+    """A source of twice the weight is drawn twice as often."""
 
 
 class Crops:
@@ -42,12 +41,15 @@ class Crops:
 
     **Arguments:**
 
-    - `sources`: what to cut from.
-    - `batch`, `frames`, `size=(height, width)`: of a batch, in crops, frames and pixels.
-    - `strides`: of the frames in time, one of which is drawn for each crop; those that a clip is
-        too short for are left out.
-    - `flip`: whether half of the crops are mirrored left to right.
-    - `seed`: of all that is drawn.
+    - `sources`: clips to cut from.
+    - `batch`: number of crops in a batch.
+    - `frames`, `size=(height, width)`: size of a crop, in frames and pixels.
+    - `strides`: distances of a crop's frames in time. One is drawn for each crop; those that a
+        clip is too short for are left out.
+    - `flip`: if True, half of the crops are mirrored left to right.
+    - `seed`: seed of everything that is drawn.
+    - `workers`: number of threads that make batches ahead of their use.
+    - `memory`: bytes of decoded segments to keep.
 
     **Raises:** `ValueError` for no sources, or one that is smaller or shorter than a crop.
     """
@@ -77,12 +79,26 @@ class Crops:
         self._workers, self._segments = workers, _Segments(memory)
 
     def batch(self, index: int) -> UInt8[np.ndarray, "b t h w 3"]:
-        """The batch of an index."""
+        """Makes one batch.
+
+        **Arguments:**
+
+        - `index`: its number, from 0 on.
+
+        **Returns:** crops, (batch, frames, height, width, 3), uint8.
+        """
         rng = np.random.default_rng([self._seed, index])
         return np.stack([self._crop(rng) for _ in range(self._batch)])
 
     def batches(self, start: int = 0) -> Iterator[UInt8[np.ndarray, "b t h w 3"]]:
-        """Endless batches from index `start` on, made by threads ahead of their use."""
+        """Yields batches without end, made by threads ahead of their use.
+
+        **Arguments:**
+
+        - `start`: index of the first batch, such as the number of steps taken so far.
+
+        **Returns:** an iterator over what `batch` returns.
+        """
         with ThreadPoolExecutor(self._workers, "crops") as pool:
             ahead = collections.deque(pool.submit(self.batch, start + i) for i in range(_AHEAD))
             try:
@@ -113,7 +129,7 @@ class Crops:
 
 
 class _Clip:
-    """A source, its size as it will be cut, and where its segments begin and how long they are."""
+    """A source, the size it is cut at, and the first frame and the length of each segment."""
 
     def __init__(self, source: Source):
         self.source = source

@@ -20,10 +20,16 @@ class _Rematerialised(eqx.Module):
 
 
 def rematerialised(vae: VAE) -> VAE:
-    """Returns the same function, with each resnet block computed again in the backward pass.
+    """Returns a model that computes each resnet block again in the backward pass.
 
     Gradients need less memory and take about a forward pass longer. A block of one's own is
     wrapped like any other.
+
+    **Arguments:**
+
+    - `vae`: the model.
+
+    **Returns:** a model with the same results.
     """
     holds_blocks = lambda node: isinstance(node, DownBlock | MidBlock | UpBlock)  # noqa: E731
 

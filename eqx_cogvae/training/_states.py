@@ -24,17 +24,18 @@ def save_state(path: str | os.PathLike, state: TrainState) -> None:
     **Arguments:**
 
     - `path`: the file.
-    - `state`: weights, average and optimiser state. Functions among its leaves are left out.
+    - `state`: weights, average, optimiser state, and a discriminator's, if there is one. Functions
+        among the leaves are left out.
 
     **Raises:** `OSError` where the file cannot be written.
     """
-    metadata = {"format": _FORMAT, "optimiser": " ".join(_kinds(state.optimiser))}
+    metadata = {"format": _FORMAT, "optimiser": _optimisers(state)}
     with atomic(path) as partial:
         write_safetensors(partial, _stored(state), metadata)
 
 
 def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
-    """Reads a state that was saved, to go on to the same losses.
+    """Reads a state that was saved; steps from it give the same losses as without a break.
 
     **Arguments:**
 
@@ -52,9 +53,8 @@ def load_state(path: str | os.PathLike, like: TrainState) -> TrainState:
         metadata, tensors = read_safetensors(path, "is a pickle or an archive.")
     except ValueError as error:
         raise ValueError(f"{path} {_WRONG} ({error})") from error
-    optimiser = " ".join(_kinds(like.optimiser))
     held = _parts(tensors, metadata.get("optimiser"), metadata.get("format"))
-    due = _parts(_stored(like), optimiser, _FORMAT)
+    due = _parts(_stored(like), _optimisers(like), _FORMAT)
     if held != due:
         raise ValueError(
             f"{path} {_WRONG} (it holds {_listed(held - due)}; due is {_listed(due - held)}): "
@@ -79,6 +79,11 @@ def _stored(state: TrainState) -> dict[str, Stored]:
             read = lambda leaf=leaf: np.asarray(leaf)  # noqa: E731
             tensors[jax.tree_util.keystr(place)] = Stored(like.shape, like.dtype.name, read)
     return tensors
+
+
+def _optimisers(state: TrainState) -> str:
+    """Returns the types of the optimisers' states, in one line."""
+    return " ".join([*_kinds(state.optimiser), *_kinds(state.discriminator_optimiser)])
 
 
 def _kinds(optimiser: Any) -> Iterator[str]:

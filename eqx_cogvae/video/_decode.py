@@ -209,7 +209,7 @@ class _Decoding:
             there = float(self._end * self._stream.time_base)
             if there + _ROUNDING < due:
                 raise ValueError(
-                    f"{self._path} is truncated: {there:.1f} of {due:.1f} seconds are there, copy "
+                    f"{self._path} is truncated: {there:.1f} of {due:.1f} seconds are there; copy "
                     "it again, or ask for a range of frames that it has."
                 )
 
@@ -233,7 +233,7 @@ def complete(path: str | os.PathLike, stream: Any) -> int:
 def truncation(path: str | os.PathLike, stream: Any, there: int) -> ValueError:
     """Returns the error for a file that holds fewer frames than its index lists."""
     return ValueError(
-        f"{path} is truncated: {there} of {len(stream.index_entries)} frames are there, "
+        f"{path} is truncated: {there} of {len(stream.index_entries)} frames are there; "
         "copy it again, or ask for a range of frames that it has."
     )
 

@@ -22,10 +22,19 @@ _LIGHT = np.array([-0.45, -0.60, 0.66])
 def procedural_clip(
     frames: int = 49, height: int = 96, width: int = 144, *, seed: int = 0
 ) -> Float[np.ndarray, "1 t h w 3"]:
-    """Moving discs and rectangles, textured and anti-aliased, under a panning camera.
+    """Draws moving discs and rectangles, textured and anti-aliased, under a panning camera.
 
-    Values lie in [-1, 1], float32; equal arguments give equal clips. Motion is set per frame, as
-    at 8 frames a second, and per frame height: a larger size shows the same scene, finer.
+    Equal arguments give equal clips. The motion suits 8 frames per second. A larger size shows the
+    same scene in finer detail.
+
+    **Arguments:**
+
+    - `frames`, `height`, `width`: size of the clip, in frames and pixels.
+    - `seed`: a number that changes the scene.
+
+    **Returns:** the clip, (1, frames, height, width, 3), float32 in [-1, 1].
+
+    **Raises:** `ValueError` for a size below 1.
     """
     for name, value in (("frames", frames), ("height", height), ("width", width)):
         if value < 1:

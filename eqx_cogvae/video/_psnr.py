@@ -12,7 +12,13 @@ def psnr(
     a: Shaped[np.ndarray, "..."] | Shaped[Array, "..."],
     b: Shaped[np.ndarray, "..."] | Shaped[Array, "..."],
 ) -> float:
-    """Peak signal-to-noise ratio in dB of two clips, both clipped to [-1, 1]; inf where equal.
+    """Computes the peak signal-to-noise ratio of two clips, both clipped to [-1, 1].
+
+    **Arguments:**
+
+    - `a`, `b`: clips of one shape, floating.
+
+    **Returns:** decibels; infinity for equal clips.
 
     **Raises:** `ValueError` for different shapes or a dtype that is not floating.
     """
@@ -25,7 +31,7 @@ def squared_error(
     a: Shaped[np.ndarray, "..."] | Shaped[Array, "..."],
     b: Shaped[np.ndarray, "..."] | Shaped[Array, "..."],
 ) -> float:
-    """Summed over all elements, both clipped to [-1, 1]; accumulated in float64."""
+    """Returns the squared error, summed in float64 over all elements, both clipped to [-1, 1]."""
     for x in (a, b):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
@@ -36,7 +42,7 @@ def squared_error(
 
 
 def decibels(mse: float) -> float:
-    """PSNR of a mean squared error, for values that span [-1, 1]."""
+    """Returns the PSNR of a mean squared error, for values that span [-1, 1]."""
     return math.inf if mse == 0 else 10 * math.log10(4 / mse)
 
 

@@ -35,7 +35,7 @@ class Info:
 
 
 def info(path: str | os.PathLike) -> Info:
-    """Returns what a video file holds; decodes one frame.
+    """Returns rate, count and size of a video file's frames; decodes one of them.
 
     **Arguments:**
 
@@ -43,7 +43,7 @@ def info(path: str | os.PathLike) -> Info:
 
     **Returns:** an `Info`. Its size is the one that `read` gives without `size`.
 
-    **Raises:** as `read`, but not for damaged frames.
+    **Raises:** as `read`, except for damaged frames.
     """
     with opened(path) as (container, stream):
         frames = stream.frames - sum(entry.is_discard for entry in stream.index_entries)
@@ -78,7 +78,7 @@ def read(
     **Arguments:**
 
     - `path`: a video file; any name is a file's, never a URL.
-    - `start`, `frames`: the first frame and the number of frames; all that follow by default.
+    - `start`, `frames`: the first frame, and the number of frames; None is all that follow.
     - `size`: (height, width) in pixels. Each frame is cropped about its centre to that aspect
         ratio and resized, bicubic and antialiased. Without it, the frames must be of one size.
     - `fps`: another frame rate. Each instant of it shows the nearest frame, and `start` and

@@ -45,7 +45,7 @@ def write(
     - `crf`: quality, from 0 (best) to 51.
 
     **Raises:** `ValueError` for a wrong rank, channel count, dtype or range, NaN, frames of several
-    sizes or none; `OSError` where the file cannot be written; `ImportError` without PyAV.
+    sizes or none; `OSError` if the file cannot be written; `ImportError` without PyAV.
     """
     path = Path(path)
     if path.suffix.lower() not in CONTAINERS:

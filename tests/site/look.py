@@ -1,7 +1,9 @@
 """Opens the built site in Chromium: python tests/site/look.py SITE [--screenshots DIR].
 
 Every page loads without an error in its console and without a failed request, or one to another
-host; pictures are there; it fits a phone; links and anchors resolve; search and dark mode work.
+host; pictures are there; it fits a phone; no code scrolls sideways on a desk; links and anchors
+resolve, and lead to every page in two clicks; tables of figures name the script that made them;
+copied code has no prompts; search, dark mode and `llms.txt` work.
 """
 
 import argparse
@@ -31,6 +33,25 @@ _RAW = """[
     ...[...document.querySelectorAll('article p')].map(p => p.textContent)
         .filter(t => /\\n- \\S|^\\.\\s*- /.test(t)).map(t => t.slice(0, 60)),
 ]"""
+# Folded code is measured too. A signature and a notebook's output wrap instead of scrolling.
+_WIDE = """[...document.querySelectorAll('details')].forEach(d => d.open = true) ||
+    [...document.querySelectorAll('article pre, article pre > code')]
+        .filter(e => e.scrollWidth > e.clientWidth && e.clientWidth)
+        .map(e => e.innerText.split('\\n').sort((a, b) => b.length - a.length)[0])"""
+# Tables of measured figures with nothing between them and the last heading that names the script
+# that made them.
+_UNSIGNED = """[...document.querySelectorAll('article table')].filter(table => {
+    const cells = [...table.querySelectorAll('tbody td:not(:first-child)')];
+    const texts = cells.map(c => c.textContent.trim());
+    const figures = texts.filter(t => /^[\\d.,e+-]+( (s|ms|dB|[KMG]i?B))?$/.test(t));
+    if (figures.length <= cells.length / 2 || !figures.some(t => / |e-/.test(t))) return false;
+    let above = table.closest('.md-typeset__scrollwrap') || table;
+    while ((above = above.previousElementSibling) && !/^H[1-6]$/.test(above.tagName))
+        if (/(benchmarks|scripts|tests)\\/\\w+\\.py/.test(above.textContent)) return false;
+    return true;
+}).map(table => table.textContent.trim().split('\\n')[0])"""
+_SEEN_LINKS = """[...document.querySelectorAll('a[href]')]
+    .filter(a => a.getClientRects().length).map(a => a.href)"""
 _LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
 _IDS = "[...document.querySelectorAll('[id]')].map(e => e.id)"
 
@@ -51,15 +72,17 @@ def main() -> int:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         wrong, ids = _pages(browser, root, names, options.screenshots)
         wrong += [f"{name} is not in the API" for name in public() if name not in ids]
-        wrong += _search(browser, root) + _dark(browser, root)
+        wrong += _search(browser, root) + _dark(browser, root) + _copied(browser, root)
+        wrong += _drawings(browser, root)
         browser.close()
     server.shutdown()
+    wrong += _llms(options.site)
     print(*wrong, f"{len(names)} pages, {len(wrong)} faults", sep="\n")
     return 1 if wrong else 0
 
 
 def public() -> list[str]:
-    """Full names of what the package exports, as they are anchors on the API's pages."""
+    """Returns the full names of what the package exports: anchors on the API's pages."""
     own = [name for name in vars(eqx_cogvae) if name[0] != "_"]
     own = [name for name in own if not inspect.ismodule(getattr(eqx_cogvae, name))]
     modules = {m.__name__: m.__all__ for m in (diffusers, training, video)} | {"eqx_cogvae": own}
@@ -80,8 +103,8 @@ def _served(site: Path) -> tuple[str, http.server.ThreadingHTTPServer]:
 def _pages(
     browser: Browser, root: str, names: list[str], pictures: Path | None
 ) -> tuple[list[str], set[str]]:
-    """What is wrong with the pages, and all anchors in them."""
-    wrong, links, ids = [], {}, {}
+    """Returns the faults of the pages, and all anchors in them."""
+    wrong, links, seen, ids = [], {}, {}, {}
     for name in names:
         page = browser.new_page(viewport=DESK)
         _watch(page, root, name, wrong)
@@ -97,13 +120,33 @@ def _pages(
         if name.startswith("notebooks/") and "index" not in name and not page.evaluate(_PICTURES):
             wrong.append(f"{name}: has no pictures")
         links[name], ids[name] = page.evaluate(_LINKS), set(page.evaluate(_IDS))
+        seen[name] = page.evaluate(_SEEN_LINKS)
+        wrong += [f"{name}: no script is named above {text!r}" for text in page.evaluate(_UNSIGNED)]
         _shot(page, pictures, name)
+        wrong += [f"{name}: code scrolls sideways, {line!r}" for line in page.evaluate(_WIDE)]
         page.set_viewport_size(PHONE)
         if (width := page.evaluate(_WIDEST)) > PHONE["width"]:
             wrong.append(f"{name}: {width} pixels wide on a phone of {PHONE['width']}")
         _shot(page, pictures, f"phone-{name}")
         page.close()
-    return wrong + _unresolved(browser, root, links, ids), set().union(*ids.values())
+    wrong += _far(root, links, seen) + _unresolved(browser, root, links, ids)
+    return wrong, set().union(*ids.values())
+
+
+def _far(root: str, links: dict[str, list[str]], seen: dict[str, list[str]]) -> list[str]:
+    """Returns a fault for each page that is more than two clicks from home.
+
+    A link in a folded section of the navigation takes two clicks: one opens the section.
+    """
+
+    def targets(urls: list[str]) -> set[str]:
+        own = {url.removeprefix(root).partition("#")[0] for url in urls if url.startswith(root)}
+        return {name or "index.html" for name in own}
+
+    near = targets(links["index.html"])
+    for name in targets(seen["index.html"]) & seen.keys():
+        near |= targets(seen[name])
+    return [f"{name}: more than two clicks from home" for name in sorted(links.keys() - near)]
 
 
 def _watch(page: Page, root: str, name: str, wrong: list[str]) -> None:
@@ -163,6 +206,43 @@ def _dark(browser: Browser, root: str) -> list[str]:
     after = page.evaluate(scheme)
     page.close()
     return [] if (before, after) == ("default", "slate") else [f"dark mode: {before} to {after}"]
+
+
+def _copied(browser: Browser, root: str) -> list[str]:
+    """Presses the copy button of an example with prompts, and reads the clipboard."""
+    context = browser.new_context(viewport=DESK)
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=root)
+    page = context.new_page()
+    page.goto(root + "api/vae.html", wait_until="networkidle")
+    example = page.locator(".highlight:has(.gp)").first
+    example.hover()
+    example.locator("button[data-md-type=copy], .md-clipboard, .md-code__button").first.click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    context.close()
+    if "import" not in copied or ">>>" in copied or "(1, 5, 8, 12, 16)" in copied:
+        return [f"api/vae.html: an example is copied as {copied!r}"]
+    return []
+
+
+def _drawings(browser: Browser, root: str) -> list[str]:
+    """Looks whether the lines of a drawing stand out from the page, light and dark."""
+    wrong = []
+    for scheme in ("light", "dark"):
+        page = browser.new_page(viewport=DESK, color_scheme=scheme)
+        page.goto(root + "devices.html", wait_until="networkidle")
+        shade = """e => getComputedStyle(e).getPropertyValue(%r).match(/\\d+/g).slice(0, 3)
+            .reduce((sum, each) => sum + Number(each), 0)"""
+        ink = page.locator(".drawing text").first.evaluate(shade % "fill")
+        paper = page.locator("body").evaluate(shade % "background-color")
+        if abs(ink - paper) < 300:
+            wrong.append(f"devices.html: a drawing's text is {ink} on {paper}, {scheme}")
+        page.close()
+    return wrong
+
+
+def _llms(site: Path) -> list[str]:
+    text = (site / "llms.txt").read_text("utf-8")
+    return [f"llms.txt lacks {name}" for name in public() if f"### {name}\n" not in text]
 
 
 def _shot(page: Page, folder: Path | None, name: str) -> None:
