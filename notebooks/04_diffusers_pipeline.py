@@ -241,15 +241,15 @@ video.show(np.concatenate([before, after], axis=3), fps=8, width=580)
 # picture.
 #
 # A pipeline takes one callback. Ours first pulls the latents, more gently than before, and then
-# hands them to the preview. Look at the rows from top to bottom: the first steps are mostly noise,
-# and the scene is there long before the last step.
+# hands them to the preview. Look at the rows from top to bottom: at first there is noise alone, and
+# halfway the scene comes through.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     strips = PreviewCallback(vae, f"{folder}/step{{step}}.png", every=2, frames=5)
 
     def watched(pipe, step, timestep, tensors):
-        latents = tensors["latents"].lerp(known, 0.4)
+        latents = tensors["latents"].lerp(known, 0.5)
         return strips(pipe, step, timestep, {"latents": latents})
 
     generate(pipe, **text, num_inference_steps=8, callback_on_step_end=watched)
