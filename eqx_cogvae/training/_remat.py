@@ -7,7 +7,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from .._autoencoder import VAE, DownBlock, MidBlock, UpBlock
+from .._autoencoder import VAE
+from .._blocks import DownBlock, MidBlock, UpBlock
 
 
 class _Rematerialised(eqx.Module):
