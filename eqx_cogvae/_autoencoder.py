@@ -1,6 +1,5 @@
 """Defines the model: encoder, decoder, and the VAE that holds both."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -9,75 +8,18 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
+from ._blocks import BlockCache, DownBlock, MidBlock, UpBlock, down_block, mid_block, up_block
 from ._checks import check_clip, check_range, memory_advice, warn_of_frames, warn_of_size
 from ._config import Config
 from ._frames import LATENT_BATCH, SAMPLE_BATCH
-from ._layers import CausalConv3d, Conv, Downsample, GroupNorm, SpatialNorm, Upsample
+from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm
 from ._meshes import on_automatic_axes
 from ._posterior import DiagonalGaussian
-from ._resnet import ResnetBlock, ResnetCache, normed_conv
+from ._resnet import normed_conv
 from ._transforms.framewise import framewise
 from ._types import AnyArray, Key, bound, hashed
 
-_MID_RESNETS = 2
 _OUT_EPS = 1e-6
-
-
-class BlockCache(NamedTuple):
-    """Holds the caches of a block's resnets."""
-
-    resnets: tuple[ResnetCache, ...]
-
-
-class DownBlock(eqx.Module):
-    """Applies the resnets, then the downsampler, which the last level lacks."""
-
-    resnets: tuple[ResnetBlock, ...]
-    downsamplers: tuple[Downsample, ...]
-
-    def __call__(
-        self, x: Float[Array, "b t h w i"], cache: BlockCache | None = None
-    ) -> tuple[Float[Array, "b t2 h2 w2 o"], BlockCache]:
-        x, cache = _chain(self.resnets, x, cache)
-        for downsample in self.downsamplers:
-            x = downsample(x)
-        return x, cache
-
-
-class MidBlock(eqx.Module):
-    """Applies resnets at the lowest resolution."""
-
-    resnets: tuple[ResnetBlock, ...]
-
-    def __call__(
-        self,
-        x: Float[Array, "b t h w c"],
-        cache: BlockCache | None = None,
-        *,
-        latents: Float[Array, "b t2 h2 w2 z"] | None = None,
-    ) -> tuple[Float[Array, "b t h w c"], BlockCache]:
-        return _chain(self.resnets, x, cache, latents)
-
-
-class UpBlock(eqx.Module):
-    """Applies the resnets, then the upsampler, which the last level lacks."""
-
-    resnets: tuple[ResnetBlock, ...]
-    upsamplers: tuple[Upsample, ...]
-
-    def __call__(
-        self,
-        x: Float[Array, "b t h w i"],
-        cache: BlockCache | None = None,
-        *,
-        latents: Float[Array, "b t2 h2 w2 z"],
-        continued: bool = False,
-    ) -> tuple[Float[Array, "b t3 h3 w3 o"], BlockCache]:
-        x, cache = _chain(self.resnets, x, cache, latents)
-        for upsample in self.upsamplers:
-            # An upsampler of a user need not know of `continued`.
-            x = upsample(x, continued=True) if continued else upsample(x)
-        return x, cache
 
 
 class EncoderCache(NamedTuple):
@@ -138,11 +80,10 @@ class Encoder(eqx.Module):
         options = {"pad_mode": pad_mode, "dtype": dtype}
         self.conv_in = CausalConv3d(config.in_channels, widths[0], key=keys[0], **options)
         self.down_blocks = tuple(
-            _down_block(config, level, key=keys[3 + level], **options)
+            down_block(config, level, key=keys[3 + level], **options)
             for level in range(len(widths))
         )
-        mid = (widths[-1],) * (_MID_RESNETS + 1)
-        self.mid_block = MidBlock(_resnets(config, mid, None, key=keys[1], **options))
+        self.mid_block = mid_block(config, widths[-1], None, key=keys[1], **options)
         self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, _OUT_EPS, dtype=dtype)
         moments = 2 * config.latent_channels
         self.conv_out = CausalConv3d(widths[-1], moments, key=keys[2], **options)
@@ -191,10 +132,9 @@ class Decoder(eqx.Module):
         widths, latents = config.block_out_channels[::-1], config.latent_channels
         options = {"pad_mode": pad_mode, "dtype": dtype}
         self.conv_in = CausalConv3d(latents, widths[0], key=keys[0], **options)
-        mid = (widths[0],) * (_MID_RESNETS + 1)
-        self.mid_block = MidBlock(_resnets(config, mid, latents, key=keys[1], **options))
+        self.mid_block = mid_block(config, widths[0], latents, key=keys[1], **options)
         self.up_blocks = tuple(
-            _up_block(config, level, key=keys[4 + level], **options) for level in range(len(widths))
+            up_block(config, level, key=keys[4 + level], **options) for level in range(len(widths))
         )
         groups = config.norm_num_groups
         self.norm_out = SpatialNorm(widths[-1], latents, groups, key=keys[2], dtype=dtype)
@@ -471,61 +411,6 @@ def _dtype(half: Any) -> jnp.dtype:
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf.dtype
     raise ValueError("the model holds no floating parameter: load it again.")
-
-
-def _chain(
-    resnets: tuple[Callable, ...], x: Array, cache: BlockCache | None, latents=None
-) -> tuple[Array, BlockCache]:
-    pasts = (None,) * len(resnets) if cache is None else cache.resnets
-    caches = []
-    for resnet, past in zip(resnets, pasts, strict=True):
-        x, past = resnet(x, past, latents=latents)
-        caches.append(past)
-    return x, BlockCache(tuple(caches))
-
-
-def _resnets(
-    config: Config, widths: tuple[int, ...], latents: int | None, *, pad_mode: str, key: Key, dtype
-) -> tuple[ResnetBlock, ...]:
-    keys = jax.random.split(key, len(widths) - 1)
-    return tuple(
-        ResnetBlock(
-            i,
-            o,
-            groups=config.norm_num_groups,
-            eps=config.norm_eps,
-            act_fn=config.act_fn,
-            latents=latents,
-            pad_mode=pad_mode,
-            key=k,
-            dtype=dtype,
-        )
-        for i, o, k in zip(widths[:-1], widths[1:], keys, strict=True)
-    )
-
-
-def _down_block(config: Config, level: int, *, pad_mode: str, key: Key, dtype) -> DownBlock:
-    rkey, skey = jax.random.split(key)
-    before = config.block_out_channels[max(level - 1, 0)]
-    width = config.block_out_channels[level]
-    widths = (before,) + (width,) * config.layers_per_block
-    resnets = _resnets(config, widths, None, pad_mode=pad_mode, key=rkey, dtype=dtype)
-    if level == len(config.block_out_channels) - 1:
-        return DownBlock(resnets, ())
-    in_time = level < config.temporal_levels
-    return DownBlock(resnets, (Downsample(width, in_time, key=skey, dtype=dtype),))
-
-
-def _up_block(config: Config, level: int, *, pad_mode: str, key: Key, dtype) -> UpBlock:
-    rkey, skey = jax.random.split(key)
-    reverse = config.block_out_channels[::-1]
-    widths = (reverse[max(level - 1, 0)],) + (reverse[level],) * (config.layers_per_block + 1)
-    z = config.latent_channels
-    resnets = _resnets(config, widths, z, pad_mode=pad_mode, key=rkey, dtype=dtype)
-    if level == len(reverse) - 1:
-        return UpBlock(resnets, ())
-    in_time = level < config.temporal_levels
-    return UpBlock(resnets, (Upsample(reverse[level], in_time, key=skey, dtype=dtype),))
 
 
 __all__ = ["VAE", "Decoder", "Encoder"]

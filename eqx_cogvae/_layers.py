@@ -177,7 +177,7 @@ def _mean(x: Array, groups: int) -> Array:
     # as long. Groups are formed last: splitting the channels of a large array copies it.
     by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))
     by_group = jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2)
-    # A masked sum gives each channel its group's mean. XLA for TPUs would fuse `jnp.repeat` into
+    # A masked sum gives each channel its group's mean. Some compilers would fuse `jnp.repeat` into
     # the reader as a gather for every pixel.
     mask = np.repeat(np.eye(groups, dtype=bool), x.shape[4] // groups, axis=1)
     mean = jnp.sum(jnp.where(mask[None], by_group[:, :, None], 0), axis=1)
@@ -221,8 +221,8 @@ class SpatialNorm(eqx.Module):
 
     def _modulation(self, latents: Array) -> tuple[Array, Array]:
         """Returns scale and shift at the resolution of the latents."""
-        # The barrier keeps them in the dtype of the latents until they are used. Otherwise XLA
-        # removes the rounding, and holds those of all norms in float32 from the start.
+        # The barrier keeps them in the dtype of the latents until they are used. Otherwise a
+        # compiler removes the rounding, and holds those of all norms in float32 from the start.
         scale, shift = self.conv_y(latents)[0], self.conv_b(latents)[0]
         scale, shift = jax.lax.optimization_barrier((scale, shift))
         return at_least_float32(scale), at_least_float32(shift)

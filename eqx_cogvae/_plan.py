@@ -42,7 +42,7 @@ class Cost:
     peak: float | int
     """Bytes."""
     programs: int
-    """How many are compiled."""
+    """Number of programs that are compiled."""
     flop: float | int
     """Floating-point operations for the whole clip."""
     fn: Callable = dataclasses.field(repr=False, compare=False)
@@ -70,12 +70,18 @@ class Plan:
     """The budget in bytes, infinite for no bound; None where neither caller nor device told."""
 
     def best(self, direction: str) -> Cost:
-        """The cheapest way to `"encode"` or `"decode"` that fits the budget.
+        """Returns the cheapest way that fits the budget.
 
         Its `fn` returns the whole result. "Streamed" is not among the choices: it needs a loop
         that takes the pieces.
 
-        **Raises:** `ValueError` where none fits.
+        **Arguments:**
+
+        - `direction`: `"encode"` or `"decode"`.
+
+        **Returns:** the `Cost` of the way.
+
+        **Raises:** `ValueError` if none fits, or for another direction.
         """
         if direction not in ("encode", "decode"):
             raise ValueError(f'`direction` must be "encode" or "decode", got {direction!r}.')
@@ -92,7 +98,14 @@ class Plan:
         return min(fitting, key=lambda cost: cost.flop)
 
     def fits(self, cost: Cost) -> bool:
-        """Returns True if the budget is enough, or if none is known and the way compiles."""
+        """Says if a way fits the budget.
+
+        **Arguments:**
+
+        - `cost`: one of the plan's.
+
+        **Returns:** True if the budget is enough, or if none is known and the way compiles.
+        """
         return cost.peak < math.inf and (self.memory is None or cost.peak <= self.memory)
 
     def __str__(self) -> str:

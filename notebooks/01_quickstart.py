@@ -44,7 +44,8 @@ vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 # vae = cv.from_pretrained("zai-org/CogVideoX-2b", dtype=jnp.bfloat16)
 # ```
 #
-# Without `dtype` the weights keep the type of the file. On a CPU float32 is faster than bfloat16.
+# Without `dtype` the weights keep the type of the file. On a CPU use float32: bfloat16 saves memory
+# there, but no time.
 #
 # The model is a PyTree. Its leaves are the weights, and its configuration is static.
 

@@ -258,15 +258,16 @@ video.show(np.concatenate([before, after], axis=3), fps=8, width=580)
 # That file is a download, and it was not trained on the latents of the tiny weights. So the VAE
 # itself decodes here, which is slower and shows the true picture.
 #
-# A pipeline takes one callback. Ours pulls the latents, more gently than before, and then calls the
-# preview. The rows run from the first steps to the last. The scene is visible long before the end.
+# A pipeline takes one callback. Ours first pulls the latents, more gently than before, and then
+# calls the preview. The rows run from the first steps to the last: at first there is noise alone,
+# and halfway the scene comes through.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     strips = PreviewCallback(vae, f"{folder}/step{{step}}.png", every=2, frames=5)
 
     def watched(pipe, step, timestep, tensors):
-        latents = tensors["latents"].lerp(known, 0.4)
+        latents = tensors["latents"].lerp(known, 0.5)
         return strips(pipe, step, timestep, {"latents": latents})
 
     generate(pipe, **text, num_inference_steps=8, callback_on_step_end=watched)

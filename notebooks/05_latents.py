@@ -163,7 +163,7 @@ assert video.psnr(versions[-1], decoded) > 50
 #
 # We set a channel to zero, or to its mean, and decode. Each bar shows how much the picture
 # changes. The two differ most where the mean of the channel is far from zero, because the decoder
-# has then never seen a zero there. The number below is the correlation of the two.
+# has never seen zeros in such a channel. The number below is the correlation of the two.
 
 
 # %%

@@ -164,7 +164,7 @@ assert lines["all-reduce"] and all(
 )
 
 # %% [markdown]
-# Nothing is gathered. The sum is large because every convolution exchanges borders with all its
+# Nothing is gathered. The total is large because every convolution exchanges borders with all its
 # channels, 16 to 56 in this small model, where a picture has three. Each exchange is small next
 # to what a device holds of the same activations. Borders grow with the length of an edge and
 # parts with its square, so a larger frame moves a smaller share.

@@ -555,9 +555,9 @@ assert ours_kl.shape == (1,)
 # | frame batch | `vae.num_latent_frames_batch_size = n` | `cv.framewise(vae.decode_step, n)` |
 # | cache | a list, by position, inside of `decode` | returned by `decode_step`, a PyTree |
 #
-# If you come from that port, mind three things. Encode your clips again: diffusers is the
-# reference here, and the port's encoder was measured to differ from it. Clip what you decode,
-# where you need it. And one latent frame decodes to one frame.
+# If you come from that port, mind three things. Encode your clips again: its encoder pools frames
+# in another order than diffusers, so its latents differ. Clip what you decode, where you need it.
+# And one latent frame decodes to one frame.
 
 # %%
 moments = ours_posterior.mean, ours_posterior.logvar

@@ -53,8 +53,8 @@ MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 def strip(clips, names, frames=9, width=7.2, title=None):
     """Draws a film strip with a named row for each clip."""
     picture = video.filmstrip(*clips, n=frames)
-    height = width * picture.shape[0] / picture.shape[1]
-    figure, axes = plt.subplots(figsize=(width, height + 0.25))
+    height = (width - 0.9) * picture.shape[0] / picture.shape[1]
+    figure, axes = plt.subplots(figsize=(width, height + 0.3))
     axes.imshow(picture)
     step = picture.shape[0] / len(names)
     axes.set_yticks((np.arange(len(names)) + 0.5) * step, names)
@@ -68,9 +68,8 @@ def strip(clips, names, frames=9, width=7.2, title=None):
 # ## Videos
 #
 # The dataset is one whose conditioning can be checked: a disc of one of three colours crosses a
-# gray ground in one of four directions. The place, the pace, the size and the ground are random.
-# One pair of colour and direction is left out: no blue disc moves up. We will ask for it all the
-# same.
+# gray frame in one of four directions. How far from the middle it crosses is random, and so is the
+# gray.
 
 # %%
 COLOURS = {
@@ -79,28 +78,23 @@ COLOURS = {
     "blue": (0.2, 0.3, 0.95),
 }
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-FRAMES, SIZE, EACH = 9, 64, 20
+FRAMES, SIZE, RADIUS, EACH = 9, 48, 0.17, 20
 PAIRS = [(colour, direction) for colour in COLOURS for direction in DIRECTIONS]
-UNSEEN = ("blue", "up")
 
 
 def draw(colour, direction, rng):
     """A clip (t, h, w, 3) in [-1, 1]."""
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
-    slope, phase = rng.uniform(-1, 1, 2), rng.uniform(0, 6)
-    ground = 0.4 + 0.15 * np.sin(3 * (slope[0] * x + slope[1] * y) + phase)
+    ground = rng.uniform(0.25, 0.5)
     along = np.array(DIRECTIONS[direction])
-    middle = 0.5 + rng.uniform(-0.2, 0.2, 2)
-    pace, radius = rng.uniform(0.05, 0.07), rng.uniform(0.13, 0.17)
+    middle = 0.5 + rng.uniform(-0.25, 0.25) * along[::-1]
     clip = np.empty((FRAMES, SIZE, SIZE, 3), np.float32)
     for t in range(FRAMES):
-        cx, cy = middle + along * pace * (t - FRAMES // 2)
-        distance = np.hypot(x - cx, y - cy)
-        cover = np.clip((radius - distance) * SIZE + 0.5, 0, 1)[..., None]
-        light = 1.1 - 0.4 * (distance / radius)[..., None] ** 2
-        disc = np.array(COLOURS[colour]) * light
-        clip[t] = (1 - cover) * ground[..., None] + cover * disc
-    return np.clip(2 * clip - 1, -1, 1)
+        cx, cy = middle + 0.07 * (t - FRAMES // 2) * along
+        distance = np.hypot(x - cx, y - cy) - RADIUS
+        cover = np.clip(0.5 - SIZE * distance, 0, 1)[..., None]
+        clip[t] = (1 - cover) * ground + cover * np.array(COLOURS[colour])
+    return 2 * clip - 1
 
 
 # %% [markdown]
@@ -113,8 +107,6 @@ root = Path(folder.name)
 (root / "videos").mkdir()
 rng = np.random.default_rng(0)
 for colour, direction in PAIRS:
-    if (colour, direction) == UNSEEN:
-        continue
     for number in range(EACH):
         path = root / "videos" / f"{colour}-{direction}-{number:02}.mp4"
         video.write(path, draw(colour, direction, rng), fps=8)
@@ -128,8 +120,8 @@ strip(samples, [" ".join(pair) for pair in PAIRS[::5]])
 # %% [markdown]
 # ## Latents
 #
-# `dataset.encode` encodes the folder once and for all: 9 frames of 64x64 pixels become 3 latent
-# frames of 8x8 cells with 16 channels. It stores the mean and the width of the posterior, so
+# `dataset.encode` encodes the folder once and for all: 9 frames of 48x48 pixels become 3 latent
+# frames of 6x6 cells with 16 channels. It stores the mean and the width of the posterior, so
 # that `LatentsSource` can draw from it with a key. Captions and labels come along.
 
 # %%
@@ -140,7 +132,8 @@ print(dataset.encode(vae, root / "videos", root / "latents", settings))
 source = dataset.LatentsSource(root / "latents", key=jax.random.key(0))
 example = source[0]
 print(len(source), "examples; the first:", example.latents.shape, example.caption)
-print(example.metadata)
+kept = ("colour", "direction", "fps", "frames")
+print({name: example.metadata[name] for name in kept})
 
 # %% [markdown]
 # The VAE bounds the quality of everything that follows. Look at what it keeps of three clips.
@@ -168,12 +161,8 @@ factored = np.asarray(vae.scale_latents(latents))
 axes = (0, 1, 2, 3)
 means, stds = factored.mean(axes), factored.std(axes)
 constant = means.var() / factored.var()
-print(
-    f"after the factor the latents have a standard deviation of {factored.std():.2f};"
-)
-print(
-    f"{constant:.0%} of their variance is between the channels' means, and so constant"
-)
+print(f"after the factor: a standard deviation of {factored.std():.2f},")
+print(f"and {constant:.0%} of the variance is between the channels' means")
 
 # %% [markdown]
 # `latents_mean` and `latents_std` in the config are the numbers of each channel, measured on our
@@ -250,7 +239,7 @@ for each in next(batches()):
 # annotations: `t h w c` is a latent clip, `n d` are its tokens.
 
 # %%
-WIDTH, HEADS, DEPTH, PATCH = 128, 4, 4, 2
+WIDTH, HEADS, DEPTH, PATCH = 96, 4, 4, 2
 
 
 def zero(linear):
@@ -299,7 +288,7 @@ class Block(eqx.Module):
 
 
 class Flow(eqx.Module):
-    """The velocity that carries noise, at time 0, to latents, at time 1."""
+    """Guesses the latents that noisy ones come from."""
 
     embed: eqx.nn.Linear
     position: Float[Array, "n d"]
@@ -328,7 +317,7 @@ class Flow(eqx.Module):
         labels: Int[Array, "2"],
     ) -> Float[Array, "t h w c"]:
         x = jax.vmap(self.embed)(tokens(z)) + self.position
-        waves = 2 * jnp.pi * time * 2 ** jnp.linspace(-2, 6, 32)
+        waves = 2 * jnp.pi * time * 2 ** jnp.linspace(-2, 4, 32)
         condition = self.time(jnp.concatenate([jnp.sin(waves), jnp.cos(waves)]))
         condition += self.colours[labels[0]] + self.directions[labels[1]]
         for block in self.blocks:
@@ -345,17 +334,22 @@ print(f"{sum(each.size for each in arrays):,} parameters, {len(model.position)} 
 #
 # For latents $z$, noise $\epsilon$ and a time $t$ between 0 and 1, the point
 # $x_t = (1 - t) \epsilon + t z$ lies on the straight line from one to the other, and moves along
-# it with the velocity $z - \epsilon$. The model is shown $x_t$, $t$ and the labels, and learns that
-# velocity:
+# it with the velocity $z - \epsilon$. The model is shown $x_t$, $t$ and the labels, and guesses the
+# end of the line, $\hat z$. The velocity that this implies is to be right:
 #
-# $$\mathrm{loss} = \mathbb{E}\, \lVert v(x_t, t, \mathrm{labels}) - (z - \epsilon) \rVert^2$$
+# $$v = \frac{\hat z - x_t}{1 - t}, \qquad
+# \mathrm{loss} = \mathbb{E}\, \lVert v - (z - \epsilon) \rVert^2$$
 #
-# A model that always answers zero has a loss of $\mathrm{Var}(z) + \mathrm{Var}(\epsilon) = 2$, as
-# latents are scaled. The state holds all that changes: model, moving average, optimiser and step.
-# Random numbers come from the key and the step, so that a resumed run draws the same.
+# Why not let the model answer with the velocity? That holds the noise, which fills all 64 values of
+# a token, and a narrow model cannot carry it through. Clips of discs are far simpler. As $1 - t$
+# goes to zero, it is held at 0.1. Most times are drawn near the noise, where it is decided what
+# goes where.
+#
+# The state holds all that changes: model, moving average, optimiser and step. Random numbers come
+# from the key and the step, so that a resumed run draws the same.
 
 # %%
-STEPS, SAVED = 500, 460
+STEPS, SAVED = 1500, 1440
 rate = optax.warmup_cosine_decay_schedule(0, 2e-3, 40, STEPS, 1e-5)
 adamw = optax.adamw(rate, weight_decay=0.01)
 optimiser = optax.chain(optax.clip_by_global_norm(1.0), adamw)
@@ -373,18 +367,24 @@ def start():
     """The state of a run that begins."""
     model = Flow(latents.shape[1:], key=jax.random.key(1))
     held = optimiser.init(eqx.filter(model, eqx.is_array))
-    return State(model, model, held, jnp.array(0))
+    # Put where Orbax puts what it restores: JAX would compile the step again otherwise.
+    state = State(model, model, held, jnp.array(0))
+    return eqx.filter_shard(state, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def velocity(model, x: Float[Array, "b t h w c"], time, labels: Int[Array, "b 2"]):
+    """The way from `x` to the end that the model guesses, in the time that is left."""
+    left = jnp.maximum(1 - time, 0.1)[:, None, None, None, None]
+    return (jax.vmap(model)(x, time, labels) - x) / left
 
 
 def loss(model, z: Float[Array, "b t h w c"], labels: Int[Array, "b 2"], key):
     time_key, noise_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, z.shape)
-    # One time in each part of [0, 1]: an even spread has less variance than free draws.
-    parts = jnp.arange(len(z)) + jax.random.uniform(time_key, (len(z),))
-    times = parts / len(z)
-    t = times[:, None, None, None, None]
-    velocity = jax.vmap(model)((1 - t) * noise + t * z, times, labels)
-    return jnp.mean(jnp.square(velocity - (z - noise)))
+    time = jax.nn.sigmoid(jax.random.normal(time_key, (len(z),)) - 0.8)
+    t = time[:, None, None, None, None]
+    guess = velocity(model, (1 - t) * noise + t * z, time, labels)
+    return jnp.mean(jnp.square(guess - (z - noise)))
 
 
 @eqx.filter_jit
@@ -436,7 +436,7 @@ def restore(manager, state, data):
 
 
 def run(state, data, until, losses):
-    while state.step < until:
+    for _ in range(int(state.step), until):
         z, labels = next(data)
         state, value = train(state, vae.scale_latents(z), labels, key)
         losses.append(value)
@@ -459,15 +459,14 @@ figure, panel = plt.subplots(figsize=(7.2, 2.4))
 panel.semilogy(losses, color="tab:blue", alpha=0.3, label="each step")
 ends = np.arange(len(smooth)) + 19
 panel.semilogy(ends, smooth, color="tab:blue", label="mean of 20")
-panel.axhline(2, color="gray", linestyle="--", linewidth=1, label="answers zero")
-panel.axvline(SAVED, color="tab:orange", linewidth=1, label="saved")
+panel.axhline(losses[0], color="gray", ls="--", lw=1, label="guesses the mean")
+panel.axvline(SAVED, color="tab:orange", lw=1, label="saved")
 panel.set(xlabel="step", ylabel="loss")
 panel.legend(frameon=False, ncols=4)
 plt.show()
 
 # %% tags=["check"]
-assert 1.8 < losses[0] < 2.2
-assert np.mean(losses[-50:]) < 0.5
+assert np.mean(losses[-50:]) < losses[0] / 5
 
 # %% [markdown]
 # ## Sampling
@@ -484,14 +483,13 @@ EULER = 24
 @eqx.filter_jit
 def sample(model, labels: Int[Array, "b 2"], key):
     """Latents in the model's units, and the guess of each step."""
-    times = jnp.arange(EULER) / EULER
 
     def step(x, t):
-        velocity = jax.vmap(model, (0, None, 0))(x, t, labels)
-        return x + velocity / EULER, x + (1 - t) * velocity
+        v = velocity(model, x, jnp.full(len(x), t), labels)
+        return x + v / EULER, x + (1 - t) * v
 
     noise = jax.random.normal(key, (len(labels), *latents.shape[1:]))
-    return jax.lax.scan(step, noise, times)
+    return jax.lax.scan(step, noise, jnp.arange(EULER) / EULER)
 
 
 def ask(pairs):
@@ -530,8 +528,7 @@ assert like.shape == (len(chosen), FRAMES, SIZE, SIZE, 3) or MODEL != "tiny"
 # %% [markdown]
 # ## Samples
 #
-# One sample for each pair. Nothing was picked out: these are the first ones of the key. The last
-# row is the pair that the model has never seen.
+# One sample for each pair of labels. Nothing was picked out: these are the first ones of the key.
 
 # %%
 clips = np.asarray(decode(vae.unscale_latents(z)))
@@ -583,11 +580,9 @@ def hits(clips, pairs):
 known = [source[i] for i in range(0, len(source), 5)]
 decoded = decode(jnp.stack([each.latents for each in known]))
 labels = [(each.metadata["colour"], each.metadata["direction"]) for each in known]
-seen = [i for i, pair in enumerate(asked) if pair != UNSEEN]
 results = {
     "the dataset, decoded": hits(decoded, labels),
-    "samples, seen pairs": hits(clips[seen], [asked[i] for i in seen]),
-    "samples, unseen pair": hits(clips[-EVERY:], asked[-EVERY:]),
+    "samples": hits(clips, asked),
     "chance": (1 / 3, 1 / 4, 1 / 12),
 }
 print(f"{'':22} colour  direction  both")
@@ -596,7 +591,7 @@ for name, shares in results.items():
 
 # %% tags=["check"]
 assert results["the dataset, decoded"][2] > 0.95
-assert results["samples, seen pairs"][2] > 0.8
+assert results["samples"][2] > 0.8
 
 # %% [markdown]
 # ## Stopped and resumed

@@ -74,7 +74,7 @@ def drawings() -> dict[str, str]:
 
 
 def idea() -> str:
-    """Three steps after each other, and the cache that goes from one to the next."""
+    """Draws three steps in a row, and the cache that goes from one to the next."""
     parts = [text(360, 20, "latents", "soft", "middle")]
     for i, (latents, frames) in enumerate(((3, 9), (2, 8), (2, 8))):
         x = 96 + 218 * i
@@ -101,7 +101,7 @@ def idea() -> str:
 
 
 def decoder() -> str:
-    """The array's shape after each block, drawn as a stack of frames."""
+    """Draws the array after each block as a stack of frames."""
     stages = (
         ("latents", 13, 60, 16),
         ("mid_block", 13, 60, 512),
@@ -133,7 +133,7 @@ def decoder() -> str:
 
 
 def cuts() -> str:
-    """A frame in tiles, in bands and in shards."""
+    """Draws a frame in tiles, in bands and in shards."""
     parts = []
     columns = (
         ("tiled", "decoded apart, blended:", "an approximation"),
@@ -165,7 +165,7 @@ def cuts() -> str:
 
 
 def memory() -> str:
-    """Peak memory against the number of frames."""
+    """Draws peak memory against the number of frames."""
     counts, top = MEMORY["frames"], max(max(MEMORY[way]) for way in WAYS)
     right, bottom = 560, 250
     x = lambda count: 60 + (right - 60) * count / max(counts)  # noqa: E731
@@ -186,7 +186,7 @@ def memory() -> str:
 
 
 def bars(title: str, rows: dict[str, tuple[float, float]]) -> str:
-    """Two bars for each row: ours and diffusers', drawn to the row's own scale."""
+    """Draws two bars for each row, ours and diffusers', to the row's own scale."""
     parts = [text(10, 20, title, "bold"), *legend(500, 15)]
     for i, (name, (ours, theirs)) in enumerate(rows.items()):
         y = 44 + 46 * i
@@ -202,14 +202,14 @@ def bars(title: str, rows: dict[str, tuple[float, float]]) -> str:
 
 
 def legend(x: float, y: float) -> Iterable[str]:
-    """The two colours and their names."""
+    """Yields the two colours and their names."""
     for color, name, left in (("--blue", "eqx_cogvae", x), ("--line", "diffusers", x + 108)):
         yield rect(left, y - 8, 12, 12, color, radius=2)
         yield text(left + 18, y + 2.5, name, "small")
 
 
 def svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    """A whole drawing; `title` is what a screen reader says."""
+    """Returns a whole drawing; a screen reader says its `title`."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="drawing" role="img" '
         f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}">'
@@ -218,7 +218,7 @@ def svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
-    """One line of text."""
+    """Returns one line of text."""
     of = f' class="{kind}"' if kind else ""
     at = "" if anchor == "start" else f' text-anchor="{anchor}"'
     return f'<text x="{x:g}" y="{y:g}"{at}{of}>{escape(words)}</text>'
@@ -234,7 +234,7 @@ def rect(
     radius: float = 0,
     opacity: float = 1,
 ) -> str:
-    """A rectangle, filled by a variable's colour."""
+    """Returns a rectangle, filled with a variable's colour."""
     edge = "" if line is None else f' stroke="var({line})"'
     clear = "" if opacity == 1 else f' fill-opacity="{opacity:.2f}"'
     return (
@@ -244,13 +244,13 @@ def rect(
 
 
 def line(points: Sequence[tuple[float, float]], color: str, width: float) -> str:
-    """A line through points."""
+    """Returns a line through points."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return f'<path d="M{path}" fill="none" stroke="var({color})" stroke-width="{width:g}"/>'
 
 
 def arrow(x1: float, y1: float, x2: float, y2: float, color: str = "--line") -> str:
-    """A straight arrow."""
+    """Returns a straight arrow."""
     length = math.hypot(x2 - x1, y2 - y1)
     ux, uy = (x2 - x1) / length, (y2 - y1) / length
     bx, by = x2 - 7 * ux, y2 - 7 * uy

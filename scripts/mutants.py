@@ -22,7 +22,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("eqx_cogvae", "tests", "pyproject.toml", "README.md", "scripts")
 SECONDS = 900
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+_DEVICES = "--xla_force_host_platform_device_count=8"
+EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"}
 
 
 class Mutant(NamedTuple):

@@ -1,6 +1,7 @@
 """Draws the picture of README and site: python scripts/picture.py [--model MODEL].
 
-Frames of the procedural clip, their reconstruction, and the difference, three times as strong.
+It shows frames of the procedural clip, their reconstruction, and the difference multiplied by
+three.
 """
 
 import argparse
@@ -15,7 +16,7 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "assets" / "reconstructi
 
 
 def main() -> None:
-    """Writes the picture, and prints the PSNR of what it shows."""
+    """Writes the picture, and prints the PSNR of the reconstruction."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny")
     vae = cv.from_pretrained(parser.parse_args().model, dtype=jnp.float32)

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location("drawings", ROOT / "scripts" / "drawings.py")
+assert SPEC is not None and SPEC.loader is not None
 script = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(script)
 DRAWINGS = script.drawings()
@@ -19,12 +20,12 @@ def test_a_drawing_is_kept_as_it_is_drawn(name):
     assert kept == DRAWINGS[name], "run `python scripts/drawings.py`"
     drawing = ElementTree.fromstring(kept)
     assert drawing.get("class") == "drawing", "the site puts no other inline"
-    assert drawing.find("{*}title").text
+    assert drawing.findtext("{*}title")
     # Text and lines beyond the edge would be cut off.
-    width, height = map(float, drawing.get("viewBox").split()[2:])
+    width, height = map(float, drawing.attrib["viewBox"].split()[2:])
     for each in drawing.iter("{*}text"):
-        assert 0 <= float(each.get("x")) <= width
-        assert 10 <= float(each.get("y")) <= height
+        assert 0 <= float(each.attrib["x"]) <= width
+        assert 10 <= float(each.attrib["y"]) <= height
 
 
 @pytest.mark.parametrize("rows", [script.GPU, script.CPU], ids=["gpu", "cpu"])

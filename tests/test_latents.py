@@ -128,9 +128,19 @@ def test_foreign_layouts(axes, options, metadata, name, tmp_path):
             "layout BTHWC in its metadata, and `layout` is",
         ),
         ((1, 3, 5, 6, 4), {}, {"layout": "TBHWC"}, "got 'TBHWC'"),
-        ((1, 3, 5, 6, 4), {}, {"layout": "BTHWC", "fps": "x"}, "has fps='x' in its metadata"),
-        ((1, 3, 5, 6, 4), {}, {"layout": "BTHWC", "scaled": "maybe"}, "has scaled='maybe'"),
-        ((3, 5, 6, 4), {"channels": 4}, None, r"five axes, got shape \(3, 5, 6, 4\)"),
+        (
+            (1, 3, 5, 6, 4),
+            {},
+            {"layout": "BTHWC", "fps": "x"},
+            "bad value in its metadata, fps='x'",
+        ),
+        ((1, 3, 5, 6, 4), {}, {"layout": "BTHWC", "scaled": "maybe"}, "metadata, scaled='maybe'"),
+        (
+            (3, 5, 6, 4),
+            {"channels": 4},
+            None,
+            r"five axes, none of them empty, got shape \(3, 5, 6, 4\)",
+        ),
     ],
 )
 def test_what_does_not_fit(shape, options, metadata, match, tmp_path):

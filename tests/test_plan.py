@@ -360,3 +360,19 @@ def test_planned_programs_are_those_of_arrays_put_on_a_device_or_on_none(put, va
     cache = jax.tree.map(lambda x: place(jnp.ones(x.shape)), shapes)
     for program, *args in ((lowered[0], x[:, :9], None), (lowered[1], x[:, :8], cache)):
         assert program.as_text() == trace((model.encode_step, args[0]), args[1]).lower().as_text()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_dtype_of_what_is_given(dtype, vae, monkeypatch):
+    """The model's own by default; its weights keep theirs."""
+
+    class Noted(Exception):
+        pass
+
+    def note(step_and_frames, *_):
+        step, frames = step_and_frames
+        raise Noted(f"{jax.tree.leaves(step)[0].dtype}, {frames.dtype}")
+
+    monkeypatch.setattr(_plan, "traced_step", note)
+    with pytest.raises(Noted, match=f"^float32, {dtype or 'float32'}$"):
+        cv.plan(vae, (1, 9, 8, 8), dtype=dtype)

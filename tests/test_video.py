@@ -251,8 +251,14 @@ def test_video_without_frames(suffix, match, tmp_path):
         ({"size": (0, 8)}, r"`size` must be \(height, width\)"),
         ({"fps": 0}, "`fps` must be a positive number, got 0"),
         ({"corrupt": "drop"}, "`corrupt` must be 'raise', 'skip' or 'keep', got 'drop'"),
-        ({"fps": 16, "frames": 35}, "holds 34 frames, asked for frames 0 to 34"),
-        ({"fps": 4, "start": 9}, "holds 9 frames, asked for frame 9 and later"),
+        (
+            {"fps": 16, "frames": 35},
+            "holds 34 frames at 16 frames a second, asked for frames 0 to 34",
+        ),
+        (
+            {"fps": 4, "start": 9},
+            "holds 9 frames at 4 frames a second, asked for frame 9 and later",
+        ),
     ],
 )
 def test_bad_ranges(file, options, match, unchecked, monkeypatch):

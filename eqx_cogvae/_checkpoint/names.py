@@ -31,7 +31,14 @@ _LOSS = "loss."
 
 
 def tensor_names(vae: VAE) -> VAE:
-    """Returns the same tree with the tensors' names in diffusers for leaves."""
+    """Returns the names of a model's tensors in diffusers.
+
+    **Arguments:**
+
+    - `vae`: the model.
+
+    **Returns:** the same tree, with names in the place of tensors.
+    """
     name = lambda path, leaf: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
     return jax.tree_util.tree_map_with_path(name, vae)
 

@@ -76,7 +76,10 @@ class Settings:
         check_layout(self.layout)
 
     def identity(self) -> dict[str, Any]:
-        """Returns the fields that make a difference, as JSON has them."""
+        """Returns the fields that make a difference to results.
+
+        **Returns:** keys and values, as JSON has them.
+        """
         fields = dataclasses.asdict(self)
         if self.latents == "sample":
             fields["seed"] = operator.index(self.seed)

@@ -132,6 +132,8 @@ class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
             `eqx_cogvae.from_pretrained` has them, fields of the config to replace, such as
             `scaling_factor`, and what else diffusers takes: it is obeyed or raises.
 
+        **Returns:** the model; a pair with `output_loading_info`.
+
         **Raises:** as `eqx_cogvae.from_pretrained`; `ValueError` for an argument that cannot be
         had, with what to use instead; `TypeError` for one that diffusers does not have.
         """
@@ -173,6 +175,9 @@ class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
         - `pretrained_model_link_or_path_or_dict`: a path.
         - `config`: as `eqx_cogvae.from_pretrained` takes it with a file.
         - `torch_dtype`, `dtype`, `mesh`: as for `from_pretrained`.
+        - `options`: no other; diffusers' own raise one line that says why.
+
+        **Returns:** the model.
 
         **Raises:** as `eqx_cogvae.from_pretrained` and `eqx_cogvae.from_original`; `TypeError` for
         tensors instead of a path, and for another argument.
@@ -206,6 +211,8 @@ class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
         - `config`: fields, or the place of a `config.json`.
         - `return_unused_kwargs`: return a pair, whose second part are the fields not used.
         - `kwargs`: fields that replace those of `config`.
+
+        **Returns:** the model; a pair with `return_unused_kwargs`.
         """
         held: Any = config if isinstance(config, Mapping) else cls.load_config(config)
         fields, unused, hidden = cls.extract_init_dict(dict(held), **kwargs)
@@ -215,6 +222,10 @@ class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Changes fields of the config, in `config` and in `vae.config`.
+
+        **Arguments:**
+
+        - `kwargs`: fields and their new values.
 
         **Raises:** `ValueError` for a field that shapes the network.
         """
@@ -245,6 +256,14 @@ class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
 
         The weights are one file, smaller than diffusers' shards are by default.
 
+        **Arguments:**
+
+        - `save_directory`: the directory; missing parents are created.
+        - `is_main_process`: False writes nothing.
+        - `safe_serialization`, `variant`, `max_shard_size`: as diffusers has them; the defaults
+            alone can be had, but for `max_shard_size`, which changes nothing.
+        - `push_to_hub`, `options`: push the directory to the hub, and how, as in diffusers.
+
         **Raises:** `ValueError` for `safe_serialization=False`, for a `variant` or another
         argument that cannot be had, and as `eqx_cogvae.save_pretrained`.
         """
@@ -264,12 +283,27 @@ class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Returns the number of weights; none of them is torch's to train."""
+        """Returns the number of weights; none of them is torch's to train.
+
+        **Arguments:**
+
+        - `only_trainable`: True counts those that torch trains, which are none.
+        - `exclude_embeddings`: without effect.
+
+        **Returns:** the number.
+        """
         del exclude_embeddings
         return 0 if only_trainable else sum(leaf.size for leaf in jax.tree.leaves(self.vae))
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Returns the size of the weights in bytes."""
+        """Returns the size of the weights.
+
+        **Arguments:**
+
+        - `return_buffers`: without effect.
+
+        **Returns:** bytes.
+        """
         del return_buffers
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.vae))
 
@@ -281,6 +315,12 @@ class EqxAutoencoderKLCogVideoX(JaxAutoencoder):
         **options: Any,
     ) -> None:
         """Keeps the weights on `offload_device`, and puts all on the tensor's device for a call.
+
+        **Arguments:**
+
+        - `offload_device`: the device of the weights between calls.
+        - `offload_to_disk_path`: None alone can be had.
+        - `onload_device`, `options`: handed on to diffusers' method.
 
         **Raises:** `ValueError` for a path: the weights stay in memory.
         """

@@ -70,7 +70,17 @@ class PreviewCallback:
     def __call__(
         self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
     ) -> dict[str, Any]:
-        """Writes this step, if it is one of those; returns the pipeline's tensors as they are."""
+        """Writes the pictures of a step, if it is one of those to write.
+
+        **Arguments:**
+
+        - `pipe`: the pipeline, which calls this.
+        - `step`: number of the step, from 0 on.
+        - `timestep`: not used.
+        - `tensors`: the pipeline's tensors, with its `latents`.
+
+        **Returns:** `tensors`, unchanged.
+        """
         del timestep
         if (step + 1) % self._every == 0 or step + 1 == pipe.num_timesteps:
             self._write(step, self._decoded(pipe, tensors["latents"]))

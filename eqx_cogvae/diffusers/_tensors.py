@@ -42,6 +42,12 @@ def to_jax(tree: PyTree) -> PyTree:
 
     A tensor that shares its memory must not be written to while the array is in use.
 
+    **Arguments:**
+
+    - `tree`: a PyTree with torch tensors.
+
+    **Returns:** the PyTree with JAX arrays, on the tensors' devices.
+
     **Raises:** `ValueError` for a dtype, a layout or a device that JAX lacks; `RuntimeError` in a
     process that was forked.
     """
@@ -56,6 +62,12 @@ def to_torch(tree: PyTree) -> PyTree:
     arrays are still in use. Copied are arrays that lie on several devices (gathered on the
     first), and those on a device that torch lacks (brought to the host). Other leaves pass as
     they are.
+
+    **Arguments:**
+
+    - `tree`: a PyTree with JAX arrays.
+
+    **Returns:** the PyTree with torch tensors, on the arrays' devices.
 
     **Raises:** `ValueError` for a dtype that torch lacks; `RuntimeError` in a forked process.
     """

@@ -42,15 +42,17 @@ def hinge(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Scalar:
 class Adversarial(eqx.Module):
     """Trains a VAE against a discriminator, which is trained beside it by its own optimiser.
 
-    The VAE's loss gets one more term, the mean of the logits of its decoded clips, negated. As in
-    latent diffusion (Esser et al. 2021, https://arxiv.org/abs/2012.09841), its weight adapts: it
-    is `weight` times the norm of the loss's gradient over the norm of the term's gradient, both at
-    the kernel of `decoder.conv_out`, and that ratio is at most 1e4. The discriminator descends the
-    `hinge` loss on the same clips, in the same step.
+    The VAE's loss gets one more term, the mean of the logits of its decoded clips, negated. Its
+    weight adapts as in VQGAN (Esser et al. 2021, https://arxiv.org/abs/2012.09841) and latent
+    diffusion: it is `weight` times the norm of the loss's gradient over the norm of the term's
+    gradient, both at the kernel of `decoder.conv_out`, and that ratio is at most 1e4. The kernel
+    may be one that is not trained. Each part of a batch that is cut by `Trainer(accumulate=...)`
+    has a weight of its own. The discriminator descends the `hinge` loss on the same clips, in the
+    same step.
 
     **Arguments:**
 
-    - `optimiser`: the optax transformation of the discriminator's weights. Field's choice is Adam
+    - `optimiser`: the optax transformation of the discriminator's weights. The usual one is Adam
         with `b1=0.5, b2=0.9`.
     - `weight`: factor of the term beside the adaptive one.
     - `start`: number of steps without the term. Until then the discriminator and its optimiser
@@ -90,7 +92,17 @@ class Adversarial(eqx.Module):
         """Returns a sum to differentiate by the VAE and by the discriminator, and the metrics.
 
         One addend, `loss` among the metrics, is differentiated by the VAE's weights alone, the
-        other by the discriminator's. `loss` has a method `with_decoded`, as `ClipLoss` has.
+        other by the discriminator's.
+
+        **Arguments:**
+
+        - `loss`: has a method `with_decoded`, as `ClipLoss` has.
+        - `vae`, `discriminator`: the models.
+        - `clips`: `(b, t, h, w, c)` in [-1, 1].
+        - `key`: a `jax.random.key`, to draw latents with.
+        - `step`: number of steps taken so far.
+
+        **Returns:** the sum, a scalar, and the metrics by their names.
         """
         last, rest = eqx.partition(vae, _last_layer(vae))
 
@@ -116,7 +128,16 @@ class Adversarial(eqx.Module):
     def update(
         self, discriminator: PyTree, optimiser: PyTree, grads: PyTree, step: Int[Array, ""]
     ) -> tuple[PyTree, PyTree]:
-        """Returns the discriminator and its optimiser's state after a step, or the same ones."""
+        """Takes a step of the discriminator, or none before `start`.
+
+        **Arguments:**
+
+        - `discriminator`, `optimiser`: the model and the state of its optimiser.
+        - `grads`: gradients by the discriminator's weights.
+        - `step`: number of steps taken so far.
+
+        **Returns:** both after the step.
+        """
         weights = eqx.filter(discriminator, eqx.is_inexact_array)
         updates, after = self.optimiser.update(grads, optimiser, weights)
         moved = eqx.apply_updates(discriminator, updates), after

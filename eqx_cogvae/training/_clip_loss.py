@@ -65,14 +65,30 @@ class ClipLoss(eqx.Module):
     def __call__(
         self, vae: VAE, clips: Float[Array, "b t h w c"], key: Key
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Returns the sum, and every loss before it is weighted."""
+        """Computes the losses of clips.
+
+        **Arguments:**
+
+        - `vae`: the model.
+        - `clips`: `(b, t, h, w, c)` in [-1, 1].
+        - `key`: a `jax.random.key`, to draw latents with.
+
+        **Returns:** the weighted sum, and every loss by its name, not weighted.
+
+        **Raises:** `ValueError` if the clips are not decoded to their own shape.
+        """
         total, terms, _ = self.with_decoded(vae, clips, key)
         return total, terms
 
     def with_decoded(
         self, vae: VAE, clips: Float[Array, "b t h w c"], key: Key
     ) -> tuple[Float[Array, ""], Metrics, Float[Array, "b t h w c"]]:
-        """Returns the sum, every loss before it is weighted, and the decoded clips."""
+        """Computes the losses of clips, for one who needs the decoded clips as well.
+
+        **Arguments:** as for a call.
+
+        **Returns:** the weighted sum, every loss by its name, not weighted, and the decoded clips.
+        """
         posterior = vae.encode(clips)
         decoded = vae.decode(posterior.sample(key))
         terms = {

@@ -21,15 +21,14 @@ _SEGMENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A clip to cut crops from: a video file, or frames (t, h, w, 3) in [-1, 1] or uint8.
-
-    Frames of a file are resized to `height`, keeping their aspect; None keeps their size. A source
-    of twice the `weight` is drawn twice as often.
-    """
+    """A clip to cut crops from."""
 
     clip: str | os.PathLike | video.Frames
+    """A video file, or frames (t, h, w, 3), floating in [-1, 1] or uint8."""
     height: int | None = None
+    """Height in pixels that a file's frames are resized to, keeping their aspect; None keeps it."""
     weight: float = 1.0
+    """A source of twice the weight is drawn twice as often."""
 
 
 class Crops:
@@ -80,12 +79,26 @@ class Crops:
         self._workers, self._segments = workers, _Segments(memory)
 
     def batch(self, index: int) -> UInt8[np.ndarray, "b t h w 3"]:
-        """Returns the batch of an index."""
+        """Makes one batch.
+
+        **Arguments:**
+
+        - `index`: its number, from 0 on.
+
+        **Returns:** crops, (batch, frames, height, width, 3), uint8.
+        """
         rng = np.random.default_rng([self._seed, index])
         return np.stack([self._crop(rng) for _ in range(self._batch)])
 
     def batches(self, start: int = 0) -> Iterator[UInt8[np.ndarray, "b t h w 3"]]:
-        """Yields batches without end from index `start` on, made by threads ahead of their use."""
+        """Yields batches without end, made by threads ahead of their use.
+
+        **Arguments:**
+
+        - `start`: index of the first batch, such as the number of steps taken so far.
+
+        **Returns:** an iterator over what `batch` returns.
+        """
         with ThreadPoolExecutor(self._workers, "crops") as pool:
             ahead = collections.deque(pool.submit(self.batch, start + i) for i in range(_AHEAD))
             try:

@@ -105,7 +105,14 @@ def lora(vae: VAE, rank: int, *, key: Key, where: Callable[[str], bool] | None =
 
 
 def lora_only(name: str) -> bool:
-    """Returns True for the tensors that `lora` adds: a `trainable` that holds the model fixed."""
+    """Returns True for the tensors that `lora` adds: a `trainable` that holds the model fixed.
+
+    **Arguments:**
+
+    - `name`: of the tensor, such as `decoder.conv_in.conv.lora_A`.
+
+    **Returns:** True for `lora_A` and `lora_B`.
+    """
     return name.endswith((_DOWN, _UP))
 
 

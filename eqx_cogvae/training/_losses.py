@@ -11,30 +11,63 @@ Scalar = Float[Array, ""]
 
 
 def l1(decoded: Clip, video: Clip) -> Scalar:
-    """Mean absolute error, in units of the video's range [-1, 1]."""
+    """Computes the mean absolute error.
+
+    **Arguments:**
+
+    - `decoded`, `video`: clips of one shape in [-1, 1].
+
+    **Returns:** a scalar in units of the video's range, at least float32.
+
+    **Raises:** `ValueError` for clips of different shapes.
+    """
     return jnp.mean(jnp.abs(_difference(decoded, video)))
 
 
 def l2(decoded: Clip, video: Clip) -> Scalar:
-    """Mean squared error, in squared units of the video's range: PSNR is 10 log10(4 / l2)."""
+    """Computes the mean squared error; PSNR is `10 log10(4 / l2)`.
+
+    **Arguments:**
+
+    - `decoded`, `video`: clips of one shape in [-1, 1].
+
+    **Returns:** a scalar in squared units of the video's range, at least float32.
+
+    **Raises:** `ValueError` for clips of different shapes.
+    """
     return jnp.mean(jnp.square(_difference(decoded, video)))
 
 
 def kl(posterior: DiagonalGaussian, video: Clip) -> Scalar:
-    """KL divergence to the unit Gaussian, in nats per element of the video.
+    """Computes the KL divergence to the unit Gaussian.
 
     A weight of 1e-6 beside a mean absolute error is that of latent diffusion's autoencoders
     (Rombach et al. 2022, https://arxiv.org/abs/2112.10752), which sum both over a clip.
+
+    **Arguments:**
+
+    - `posterior`: of the latents, from `VAE.encode`.
+    - `video`: the clips that were encoded.
+
+    **Returns:** a scalar in nats per element of the video.
     """
     return jnp.sum(posterior.kl()) / video.size
 
 
 def gradient(decoded: Clip, video: Clip, *, scales: int = 3) -> Scalar:
-    """Mean absolute error of the differences between neighbours in space, over halved sizes.
+    """Computes the mean absolute error of differences between neighbours in space.
 
-    Without a pretrained network it rewards edges where they belong, in units of the range. The
-    differences are those of Mathieu et al. 2016 (https://arxiv.org/abs/1511.05440), at one to
-    `scales` scales, as far as height and width halve.
+    It rewards edges in their places, without a pretrained network. The differences are those of
+    Mathieu et al. 2016 (https://arxiv.org/abs/1511.05440).
+
+    **Arguments:**
+
+    - `decoded`, `video`: clips of one shape in [-1, 1].
+    - `scales`: number of sizes at most, each half of the one before, as far as sides halve.
+
+    **Returns:** a scalar in units of the video's range, averaged over the sizes.
+
+    **Raises:** `ValueError` for clips of different shapes.
     """
     error, total, count = _difference(decoded, video), jnp.zeros(()), 0
     for _ in range(scales):
@@ -48,9 +81,15 @@ def gradient(decoded: Clip, video: Clip, *, scales: int = 3) -> Scalar:
 
 
 def temporal(decoded: Clip, video: Clip) -> Scalar:
-    """Mean absolute error of the differences between frames, in units of the range: flicker.
+    """Computes the mean absolute error of differences between frames, which is flicker.
 
-    Zero for clips of one frame.
+    **Arguments:**
+
+    - `decoded`, `video`: clips of one shape in [-1, 1].
+
+    **Returns:** a scalar in units of the video's range; zero for clips of one frame.
+
+    **Raises:** `ValueError` for clips of different shapes.
     """
     if video.shape[1] == 1:
         return jnp.zeros(())

@@ -7,7 +7,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from .._autoencoder import VAE, DownBlock, MidBlock, UpBlock
+from .._autoencoder import VAE
+from .._blocks import DownBlock, MidBlock, UpBlock
 
 
 class _Rematerialised(eqx.Module):
@@ -20,10 +21,16 @@ class _Rematerialised(eqx.Module):
 
 
 def rematerialised(vae: VAE) -> VAE:
-    """Returns the same function, with each resnet block computed again in the backward pass.
+    """Returns a model that computes each resnet block again in the backward pass.
 
     Gradients need less memory and take about a forward pass longer. A block of one's own is
     wrapped like any other.
+
+    **Arguments:**
+
+    - `vae`: the model.
+
+    **Returns:** a model with the same results.
     """
     holds_blocks = lambda node: isinstance(node, DownBlock | MidBlock | UpBlock)  # noqa: E731
 

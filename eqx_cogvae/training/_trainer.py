@@ -110,6 +110,8 @@ class Trainer(eqx.Module):
         - `discriminator`: an `eqx.Module` from clips to logits such as a `Discriminator`, for a
             trainer that has `adversarial`.
 
+        **Returns:** the state.
+
         **Raises:** `ValueError` if `trainable` chooses no tensor, or weights held in 8 bits, for a
         discriminator that is missing, and for one without `adversarial`.
         """
@@ -247,7 +249,14 @@ def _update(held: tuple[Trainer, Array, Key], state: TrainState) -> tuple[TrainS
 
 
 def decoder_only(name: str) -> bool:
-    """Returns True for tensors that decode: a `trainable` that leaves the latents as they are."""
+    """Returns True for tensors that decode: a `trainable` that leaves the latents as they are.
+
+    **Arguments:**
+
+    - `name`: of the tensor, as diffusers has it.
+
+    **Returns:** True for those of the decoder and of the convolution before it.
+    """
     return name.startswith(("decoder.", "post_quant_conv."))
 
 

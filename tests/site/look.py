@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def public() -> list[str]:
-    """Full names of what the package exports, as they are anchors on the API's pages."""
+    """Returns the full names of what the package exports: anchors on the API's pages."""
     own = [name for name in vars(eqx_cogvae) if name[0] != "_"]
     own = [name for name in own if not inspect.ismodule(getattr(eqx_cogvae, name))]
     modules = {m.__name__: m.__all__ for m in (diffusers, training, video)} | {"eqx_cogvae": own}
@@ -103,7 +103,7 @@ def _served(site: Path) -> tuple[str, http.server.ThreadingHTTPServer]:
 def _pages(
     browser: Browser, root: str, names: list[str], pictures: Path | None
 ) -> tuple[list[str], set[str]]:
-    """What is wrong with the pages, and all anchors in them."""
+    """Returns the faults of the pages, and all anchors in them."""
     wrong, links, seen, ids = [], {}, {}, {}
     for name in names:
         page = browser.new_page(viewport=DESK)
