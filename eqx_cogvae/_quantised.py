@@ -66,8 +66,7 @@ def quantised(vae: _M, dtype: Any) -> _M:
     !!! Example
 
         ```python
-        half = cv.from_pretrained("tiny", dtype=jnp.bfloat16)
-        small = cv.quantised(half, "float8_e4m3fn")
+        small = cv.quantised(vae, "float8_e4m3fn")
         ```
 
     **Arguments:**
