@@ -20,7 +20,7 @@
 #
 # It runs offline in about two minutes, of which training takes one. Its videos are drawn by a few
 # lines of NumPy, and the VAE is the tiny one of this package. With your videos and the published
-# weights the code stays the same, but for the sizes.
+# weights the steps stay the same, and so does most of the code.
 
 # %% tags=["setup"]
 import dataclasses
@@ -152,8 +152,9 @@ strip(
 # the noise drowns in it, and a constant offset is something that the model has to learn for
 # nothing. So each channel should have mean 0 and standard deviation 1.
 #
-# A checkpoint's `scaling_factor` is one number for all channels, and cannot do that. Blue below
-# is what it leaves: the means are far apart, and what varies is small.
+# A checkpoint's `scaling_factor` is one number for all channels, and cannot do that. The blue bars
+# below show latents after the factor: the channels' means are far apart, and each channel varies
+# little around its mean.
 
 # %%
 latents = np.stack([each.latents for each in source])
@@ -335,18 +336,18 @@ print(f"{sum(each.size for each in arrays):,} parameters, {len(model.position)} 
 # For latents $z$, noise $\epsilon$ and a time $t$ between 0 and 1, the point
 # $x_t = (1 - t) \epsilon + t z$ lies on the straight line from one to the other, and moves along
 # it with the velocity $z - \epsilon$. The model is shown $x_t$, $t$ and the labels, and guesses the
-# end of the line, $\hat z$. The velocity that this implies is to be right:
+# end of the line, $\hat z$. The guess implies a velocity $v$, and the loss is its squared error:
 #
 # $$v = \frac{\hat z - x_t}{1 - t}, \qquad
 # \mathrm{loss} = \mathbb{E}\, \lVert v - (z - \epsilon) \rVert^2$$
 #
-# Why not let the model answer with the velocity? That holds the noise, which fills all 64 values of
-# a token, and a narrow model cannot carry it through. Clips of discs are far simpler. As $1 - t$
-# goes to zero, it is held at 0.1. Most times are drawn near the noise, where it is decided what
-# goes where.
+# Why does the model not return the velocity itself? The velocity contains the noise, which fills
+# all 64 values of a token, and a narrow model cannot pass all of them through. A clip of a disc is
+# far simpler. The divisor $1 - t$ is kept at 0.1 or above. Most times are drawn near the noise,
+# because there the model decides where things are.
 #
 # The state holds all that changes: model, moving average, optimiser and step. Random numbers come
-# from the key and the step, so that a resumed run draws the same.
+# from the key and the step, so a resumed run draws the same ones.
 
 # %%
 STEPS, SAVED = 1500, 1440
@@ -410,8 +411,8 @@ def train(state, z, labels, key):
 # ## Training
 #
 # The loop is short. Near the end Orbax saves two things together: the state, and the place of
-# Grain's iterator. Orbax knows arrays, and an Equinox model also holds functions, so
-# `eqx.partition` parts the two.
+# Grain's iterator. Orbax saves arrays, and an Equinox model also holds functions, so
+# `eqx.partition` separates the two.
 
 
 # %%
@@ -472,9 +473,9 @@ assert np.mean(losses[-50:]) < losses[0] / 5
 # ## Sampling
 #
 # A sample starts as noise, at time 0, and takes Euler steps along the model's velocity.
-# `jax.lax.scan` runs them in one program. Beside the next point it returns the guess
-# $x_t + (1 - t) v$, where the line of this step would end: that is what to look at while a sample
-# is made.
+# `jax.lax.scan` runs them in one program. Each step returns the next point and the guess
+# $x_t + (1 - t) v$, where the line of this step would end. The guess is what to look at while a
+# sample is made.
 
 # %%
 EULER = 24
@@ -505,13 +506,13 @@ print(z.shape, guesses.shape)
 # %% [markdown]
 # ## Previews
 #
-# The guesses of one sample, decoded: after the first step there is an average of all clips of that
-# label; place and shape come next, and edges last.
+# The film strip shows the decoded guesses of one sample. After the first step the guess is an
+# average of all clips of that label. Place and shape come next, and edges last.
 #
-# This uses the VAE, which is tiny here. With CogVideoX's own latents
-# `preview.load("taecvx.safetensors").decode` does it 51 times cheaper. That file is a download and
-# does not know the tiny model's latents, so here we only check, without weights or arithmetic,
-# that it takes the same latents and gives the same frames.
+# The VAE decodes here, because it is tiny. For CogVideoX's own latents
+# `preview.load("taecvx.safetensors").decode` needs 51 times fewer operations than the VAE. That
+# file is a download, and it was not trained on the tiny model's latents. So here we only check,
+# without weights or arithmetic, that it takes latents and gives frames of the same shapes.
 
 # %%
 decode = cv.framewise(vae.decode_step, 2)
@@ -528,7 +529,8 @@ assert like.shape == (len(chosen), FRAMES, SIZE, SIZE, 3) or MODEL != "tiny"
 # %% [markdown]
 # ## Samples
 #
-# One sample for each pair of labels. Nothing was picked out: these are the first ones of the key.
+# The picture shows one sample for each pair of labels. None was selected: each is the first of
+# its four.
 
 # %%
 clips = np.asarray(decode(vae.unscale_latents(z)))
@@ -536,8 +538,9 @@ firsts = clips[::EVERY]
 strip(firsts[:, None], [" ".join(pair) for pair in PAIRS], width=5.6)
 
 # %% [markdown]
-# All of them as one film, a row for each colour. A long video would be written as it is decoded:
-# `video.write(path, cv.streamed(vae.decode_step, 2)(latents))` holds one frame batch at a time.
+# The film shows all of them, with a row for each colour. A long video would be written as it is
+# decoded: `video.write(path, cv.streamed(vae.decode_step, 2)(latents))` holds one frame batch at
+# a time.
 
 # %%
 grid = firsts.reshape(len(COLOURS), len(DIRECTIONS), *firsts.shape[1:])
@@ -551,9 +554,10 @@ assert np.allclose(np.concatenate(list(pieces), axis=1), clips[:1], atol=1e-4)
 # %% [markdown]
 # ## Does it do what it is asked?
 #
-# Pixels can tell. The disc is where colour is; its colour is the mean there, and its direction the
-# way that its centre goes from the first frame to the last. First we measure the clips that the
-# VAE decodes from the dataset, to see that the measure is right; then all samples.
+# Pixels can tell. The disc is where the frame is not gray. Its colour is the mean colour there, and
+# its direction is the way that its centre goes from the first frame to the last. First we measure
+# the clips that the VAE decodes from the dataset, to see that the measure is right. Then we measure
+# all samples.
 
 
 # %%
@@ -597,8 +601,8 @@ assert results["samples"][2] > 0.8
 # ## Stopped and resumed
 #
 # Now we pretend that the run was killed after the save. A fresh state and fresh batches are what a
-# new process would have; `restore` fills the one and moves the other to its place. The remaining
-# steps are taken again, and compared: losses, weights, their average and Adam's moments.
+# new process would have. `restore` fills the state and moves the batches to their place. The
+# remaining steps are taken again. We compare losses, weights, their average and Adam's moments.
 
 # %%
 again, more = batches(), []
@@ -623,7 +627,7 @@ folder.cleanup()
 #
 # - Encode with the published weights, on many machines if need be:
 #   `python -m eqx_cogvae encode-dataset videos/ latents/ --model zai-org/CogVideoX-2b --frames 49
-#   --size 480x720 --fps 8 --latents posterior`. See [datasets](../datasets.md).
+#   --size 480x720 --fps 8 --latents posterior`. See [datasets](../docs/datasets.md).
 # - Measure the statistics of each channel on some thousands of your clips, before you train.
 # - A text encoder's output takes the place of two label embeddings.
 # - `source.with_key(key)` draws other latents from the posteriors, for the next epoch.
