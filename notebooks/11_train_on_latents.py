@@ -624,7 +624,7 @@ folder.cleanup()
 #
 # - Encode with the published weights, on many machines if need be:
 #   `python -m eqx_cogvae encode-dataset videos/ latents/ --model zai-org/CogVideoX-2b --frames 49
-#   --size 480x720 --fps 8 --latents posterior`. See [datasets](../datasets.md).
+#   --size 480x720 --fps 8 --latents posterior`. See [datasets](../docs/datasets.md).
 # - Measure the statistics of each channel on some thousands of your clips, before you train.
 # - A text encoder's output takes the place of two label embeddings.
 # - `source.with_key(key)` draws other latents from the posteriors, for the next epoch.
