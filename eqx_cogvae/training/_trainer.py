@@ -116,7 +116,7 @@ class Trainer(eqx.Module):
         discriminator that is missing, and for one without `adversarial`.
         """
         trained, _ = self._split(vae)
-        if is_quantised(vae if self.trainable is None else trained):
+        if is_quantised(trained):
             raise ValueError(
                 "weights held in 8 bits cannot be trained: train `cv.dequantised(vae)`, or choose "
                 "others by `trainable`, such as those of layers of your own."
