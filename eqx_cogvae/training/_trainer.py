@@ -116,7 +116,7 @@ class Trainer(eqx.Module):
         discriminator that is missing, and for one without `adversarial`.
         """
         trained, _ = self._split(vae)
-        if is_quantised(self._chosen(vae)):
+        if is_quantised(trained):
             raise ValueError(
                 "weights held in 8 bits cannot be trained: train `cv.dequantised(vae)`, or choose "
                 "others by `trainable`, such as those of layers of your own."
@@ -178,12 +178,6 @@ class Trainer(eqx.Module):
     def _by_clip(self) -> NamedSharding:
         assert self.mesh is not None
         return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-
-    def _chosen(self, vae: VAE) -> Any:
-        """Returns what `trainable` chooses by name alone, whole numbers too."""
-        if (trainable := self.trainable) is None:
-            return vae
-        return eqx.filter(vae, jax.tree.map(lambda name: bool(trainable(name)), tensor_names(vae)))
 
     def _split(self, vae: VAE) -> tuple[Any, Any]:
         if self.trainable is None:
