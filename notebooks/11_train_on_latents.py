@@ -52,7 +52,7 @@ MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 def strip(clips, names, frames=9, width=7.2, title=None):
     """Draws a film strip with a named row for each clip."""
     picture = video.filmstrip(*clips, n=frames)
-    height = (width - 0.9) * picture.shape[0] / picture.shape[1]
+    height = (width - 1.1) * picture.shape[0] / picture.shape[1]
     figure, axes = plt.subplots(figsize=(width, height + 0.3))
     axes.imshow(picture)
     rows, columns = picture.shape[0] / len(names), picture.shape[1] / frames
@@ -508,8 +508,8 @@ print(z.shape, guesses.shape)
 # %% [markdown]
 # ## Previews
 #
-# The guesses of one sample, decoded: after the first step there is an average of all clips of that
-# label; place and shape come next, and edges last.
+# The guesses of one sample, decoded. Colour and direction are there after the first step, as a blur
+# over the places that the disc may have; look at how it gathers in one of them.
 #
 # This uses the VAE, which is tiny here. With CogVideoX's own latents
 # `preview.load("taecvx.safetensors").decode` does it 51 times cheaper. That file is a download and
