@@ -194,6 +194,7 @@ def plan(
     placed, latents = _placed(vae, place), vae.config.latent_frames(t)
     # What a program gives is on the device that its weights were put on, if they were.
     caches = next((x.sharding for x in jax.tree.leaves(placed) if _is_struct(x)), None)
+    home = jax.devices()[0] if caches is None else min(caches.device_set, key=lambda d: d.id)
     given = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
         shape, vae.dtype if dtype is None else dtype, sharding=place
     )
@@ -207,7 +208,7 @@ def plan(
     return Plan(
         _costs(encoding, given(b, t, h, w, vae.config.in_channels)),
         _costs(decoding, given(b, latents, h // cell, w // cell, vae.config.latent_channels)),
-        _limit(jax.devices()[0] if device is None else device) if budget is None else budget,
+        _limit(home if device is None else device) if budget is None else budget,
     )
 
 

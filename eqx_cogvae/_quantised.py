@@ -43,7 +43,8 @@ class QuantisedConv(eqx.Module):
                 "cast floating arrays alone, by `eqx.is_inexact_array`."
             )
         small = lax.bitcast_convert_type(self.bits, jnp.dtype(self.format))
-        return small.astype(self.scale.dtype) * _by_channel(self.scale, self.bits.ndim)
+        scale = lax.stop_gradient(self.scale)  # it is part of the kernel, which is not trained
+        return small.astype(scale.dtype) * _by_channel(scale, self.bits.ndim)
 
     def taps(self) -> Taps:
         """Returns the dequantised kernel and the bias."""
@@ -78,13 +79,18 @@ def quantised(vae: _M, dtype: Any) -> _M:
 
     **Returns:** a model of the same type and calls. `dequantised` undoes it, but for the rounding.
 
-    **Raises:** `ValueError` for another `dtype`, and for a model that is quantised already or has
-    no residual blocks.
+    **Raises:** `ValueError` for another `dtype`, and for a model that is quantised already, has
+    LoRA, or has no residual blocks.
     """
     form = _format(dtype)
     if is_quantised(vae):
         raise ValueError(
             "the model's weights are held in 8 bits already: quantise `cv.dequantised(vae)`."
+        )
+    paths, _ = jax.tree_util.tree_flatten_with_path(vae)
+    if any(jax.tree_util.keystr(path[-1:], simple=True) == "lora_A" for path, _ in paths):
+        raise ValueError(
+            "the model has LoRA, whose kernels would stay as they are: `training.merge` it first."
         )
     result = jax.tree.map(lambda node: _in_block(node, form), vae, is_leaf=_is_block)
     if not is_quantised(result):
@@ -111,12 +117,9 @@ def dequantised(vae: _M) -> _M:
 
 
 def is_quantised(tree: PyTree) -> bool:
-    """Returns True if any weights in `tree` are held in 8 bits, and their scales are there.
-
-    A trainer's part of a model has no bits, which are no floating numbers.
-    """
+    """Returns True if any weights in `tree` are held in 8 bits."""
     nodes = jax.tree.leaves(tree, is_leaf=_is_quantised)
-    return any(_is_quantised(node) and node.scale is not None for node in nodes)
+    return any(_is_quantised(node) and node.bits is not None for node in nodes)
 
 
 def _is_quantised(node: Any) -> bool:

@@ -442,8 +442,8 @@ assert copied == ["video, torch's default", "video, every other frame"]
 # %% [markdown]
 # So `vae.encode` copies an ordinary torch batch once, and everything that the VAE returns can go
 # in again without a copy. Shared memory has a rule: do not write to such a tensor in place while
-# the array is in use. All bits survive, also those of bfloat16. int64 and float64 are refused
-# while JAX has 64 bits off.
+# the array is in use. Values cross unchanged, also those of bfloat16. int64 and float64 are
+# refused unless `jax_enable_x64` is set, because JAX has no 64-bit types by default.
 #
 # The weights exist once. They belong to JAX, and `state_dict` returns views of them.
 
@@ -505,8 +505,8 @@ assert distance(*gradients) < 1e-4
 
 # %% [markdown]
 # The adapter has no torch parameters, so there are no torch gradients by the weights. Second
-# derivatives by the input work. `enable_gradient_checkpointing` keeps only the caches between
-# frame batches.
+# derivatives by the input work. With `enable_gradient_checkpointing` the backward pass holds the
+# activations of one frame batch at a time, and only caches between frame batches.
 #
 # To train the weights, use the Equinox module, `ours.vae`. `to_jax` brings a torch batch to it.
 # [Fine-tuning](06_finetune.ipynb) shows training.

@@ -137,7 +137,7 @@ assert turned.encoder.conv_in.conv.weight is vae.encoder.conv_in.conv.weight
 # %% [markdown]
 # **Freezing is splitting.** There is no `requires_grad`. `eqx.partition` splits a tree in two, by
 # a tree of booleans or by a function of leaves. Each half has `None` where the other has an
-# array. You differentiate by one half and join the two with `eqx.combine`. `eqx.filter_jit` and
+# array. You differentiate by one half and join both with `eqx.combine`. `eqx.filter_jit` and
 # `eqx.filter_value_and_grad` are JAX's functions for trees that also hold leaves other than
 # arrays. Here the decoder is trained on the first frame, and the encoder is not.
 
@@ -390,9 +390,9 @@ assert moved.decoder.conv_in.conv.weight.devices() == {jax.devices("cpu")[0]}
 # ### Gradients
 #
 # Torch records the forward pass and leaves gradients in the parameters. JAX transforms the
-# function into one that returns the gradients, as a tree of the same structure, which we computed
-# above. There is nothing to zero before and nothing to detach. Every gradient of the decoder is
-# compared.
+# function into one that returns the gradients, as a tree of the same structure. The section on
+# freezing has computed them. There is nothing to zero before and nothing to detach. Here every
+# gradient of the decoder is compared with torch's.
 
 
 # %%
@@ -435,8 +435,8 @@ assert worst < 1e-3
 
 
 # %% [markdown]
-# To keep less for the backward pass and compute it again, torch has a switch. Here are two
-# transforms. `training.rematerialised` keeps only the inputs of each resnet block.
+# To keep less for the backward pass and compute it again, torch has a switch. This library has
+# two transforms. `training.rematerialised` keeps only the inputs of each resnet block.
 # `eqx.filter_checkpoint` keeps only the inputs of a frame batch. They nest. The gradient is the
 # same in both libraries.
 
@@ -555,9 +555,10 @@ assert ours_kl.shape == (1,)
 # | frame batch | `vae.num_latent_frames_batch_size = n` | `cv.framewise(vae.decode_step, n)` |
 # | cache | a list, by position, inside of `decode` | returned by `decode_step`, a PyTree |
 #
-# If you come from that port, mind three things. Encode your clips again: its encoder pools frames
+# If you come from that port, mind five things. Encode your clips again: its encoder pools frames
 # in another order than diffusers, so its latents differ. Clip what you decode, where you need it.
-# And one latent frame decodes to one frame.
+# One latent frame decodes to one frame. Tiles are blended as in diffusers. Call
+# `vae.unscale_latents` before `vae.decode`, which does not divide by the scaling factor.
 
 # %%
 moments = ours_posterior.mean, ours_posterior.logvar

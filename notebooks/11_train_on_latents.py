@@ -46,7 +46,6 @@ from eqx_cogvae import dataset, preview, video
 plt.rcParams.update({"figure.dpi": 100, "font.size": 9})
 plt.rcParams["figure.constrained_layout.use"] = True
 
-
 MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 
 
@@ -171,7 +170,9 @@ print(f"and {constant:.0%} of the variance is between the channels' means")
 #
 # **Scaling belongs in two places.** `vae.scale_latents` comes right before the diffusion model
 # sees latents, in training; `vae.unscale_latents` right before `vae.decode`, in sampling. With
-# `cv.save_pretrained` the config, and the statistics in it, are saved with the VAE.
+# `cv.save_pretrained` the config, and the statistics in it, are saved with the VAE. Statistics of
+# your own are for a model of your own: a published transformer was trained with its checkpoint's
+# factor, and to tune it you keep that.
 
 # %%
 config = dataclasses.replace(
@@ -340,16 +341,16 @@ print(f"{sum(each.size for each in arrays):,} parameters, {len(model.position)} 
 # $$v = \frac{\hat z - x_t}{1 - t}, \qquad
 # \mathrm{loss} = \mathbb{E}\, \lVert v - (z - \epsilon) \rVert^2$$
 #
-# Why not let the model answer with the velocity? That holds the noise, which fills all 64 values of
-# a token, and a narrow model cannot carry it through. Clips of discs are far simpler. As $1 - t$
-# goes to zero, it is held at 0.1. Most times are drawn near the noise, where it is decided what
-# goes where.
+# Why not let the model answer with the velocity itself? That holds the noise, which fills all 64
+# values of a token, and a small model spends its width on carrying it through. Clips of discs are
+# far simpler. Where $1 - t$ goes to zero, 0.1 takes its place. Most times are drawn near the noise,
+# where it is decided what goes where.
 #
 # The state holds all that changes: model, moving average, optimiser and step. Random numbers come
 # from the key and the step, so that a resumed run draws the same.
 
 # %%
-STEPS, SAVED = 1500, 1440
+STEPS, SAVED = 1000, 960
 rate = optax.warmup_cosine_decay_schedule(0, 2e-3, 40, STEPS, 1e-5)
 adamw = optax.adamw(rate, weight_decay=0.01)
 optimiser = optax.chain(optax.clip_by_global_norm(1.0), adamw)
@@ -623,7 +624,7 @@ folder.cleanup()
 #
 # - Encode with the published weights, on many machines if need be:
 #   `python -m eqx_cogvae encode-dataset videos/ latents/ --model zai-org/CogVideoX-2b --frames 49
-#   --size 480x720 --fps 8 --latents posterior`. See [datasets](../datasets.md).
+#   --size 480x720 --fps 8 --latents posterior`. See [datasets](../docs/datasets.md).
 # - Measure the statistics of each channel on some thousands of your clips, before you train.
 # - A text encoder's output takes the place of two label embeddings.
 # - `source.with_key(key)` draws other latents from the posteriors, for the next epoch.

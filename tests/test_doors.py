@@ -358,7 +358,7 @@ def test_training_and_plans_take_replaced_layers(replace, vae):
     kept = [
         len(
             jax.tree.leaves(
-                jax.eval_shape(lambda z, v=v: jax.vjp(lambda z: v.decoder(z)[0], z)[1], z)
+                jax.eval_shape(lambda z, v=v: jax.vjp(lambda z: v.decoder(z)[0], z)[1], z)  # pyright: ignore
             )
         )
         for v in (own, wrapped)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import tarfile
 
 import grain
@@ -84,6 +85,15 @@ def test_examples_of_either_container(container, folders):
                 "scaling_factor": 0.7,
             }
         np.testing.assert_array_equal(source[-1].latents, source[np.int64(COUNT - 1)].latents)
+
+
+def test_manifests_of_runs_with_other_shards(folders, tmp_path):
+    """Each clip once, however many lists name it."""
+    root = tmp_path / "latents"
+    shutil.copytree(folders["files"], root)
+    lines = (root / "manifest.jsonl").read_text()
+    (root / "manifest-0-of-2.jsonl").write_text(lines)
+    assert len(dataset.LatentsSource(root)) == lines.count("\n")
 
 
 def test_without_a_manifest(folders, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from reference import SHALLOW, decode, distance, encode, normal, to_torch
 
 import eqx_cogvae as cv
-from eqx_cogvae import training
+from eqx_cogvae import _layers, training
 from eqx_cogvae._checkpoint import tensor_names
 from eqx_cogvae._lowering import choose
 from eqx_cogvae._lowering.choose import Thresholds
@@ -109,10 +109,39 @@ def test_merged_it_is_the_same_and_diffusers_loads_it(changed, vae, tmp_path):
 
 
 def test_large_arrays_go_through_it_in_chunks(changed):
-    due = results(training.merge(changed))
+    merged = training.merge(changed)
+    due = results(merged)
     with choose.thresholds(Thresholds(chunk_elements=1)):
         for got, each in zip(results(changed), due, strict=True):
             assert distance(got, each) < 1e-5
+        made = [eqx.filter_make_jaxpr(v.decode_step)(normal(LATENTS)) for v in (changed, merged)]
+    loops = [str(program).count("scan[") for program, *_ in made]
+    assert loops[0] == loops[1] > 5
+
+
+def test_weights_in_8_bits_take_none(changed, vae, tmp_path):
+    small = cv.quantised(vae, "int8")
+    training.save_lora(tmp_path / "lora", changed)
+    for call in (
+        lambda: training.lora(small, 2, key=jax.random.key(0)),
+        lambda: training.load_lora(tmp_path / "lora", small),
+    ):
+        with pytest.raises(ValueError, match="weights held in 8 bits take no LoRA"):
+            call()
+    with pytest.raises(ValueError, match=r"`training\.merge` it first"):
+        cv.quantised(changed, "int8")
+
+
+def test_a_convolution_of_ones_own_is_left_alone(vae):
+    class Doubled(_layers.Conv):
+        def taps(self):
+            return super().taps()._replace(bias=2 * self.bias)
+
+    where = lambda v: v.decoder.conv_in.conv  # noqa: E731
+    key = jax.random.key(3)
+    own = eqx.tree_at(where, vae, Doubled((3, 3, 3), 3, 8, key=key))
+    changed = training.lora(own, 2, key=key)
+    assert type(where(changed)) is Doubled
 
 
 def test_only_the_changes_are_trained(vae):
@@ -165,8 +194,9 @@ def test_half_precision_below_and_float32_beside(vae):
 
 def test_plans_fingerprints_and_checkpoints(changed, vae, tmp_path):
     assert cv.plan(changed, VIDEO).best("decode").flop > 0
-    assert cv.fingerprint(changed) != cv.fingerprint(vae) != cv.fingerprint(training.merge(changed))
-    with pytest.raises(ValueError, match=r"not as its config says.* such as .*lora_A"):
+    models = changed, vae, training.merge(changed)
+    assert len({cv.fingerprint(model) for model in models}) == 3
+    with pytest.raises(ValueError, match=r"differs from its config .* such as .*lora_A"):
         cv.save_pretrained(changed, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -12,6 +12,7 @@ from reference import SHALLOW, distance, normal
 import eqx_cogvae as cv
 from eqx_cogvae import training, video
 from eqx_cogvae._checkpoint import tensor_names
+from eqx_cogvae.training import _trainer
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +310,21 @@ def test_a_state_of_another_optimiser(saved, like, match, vae, tmp_path):
     assert "\n" not in str(info.value) and len(str(info.value)) < 1500
 
 
+def test_a_state_of_another_format_of_8_bits(vae, tmp_path):
+    """Whose tensors have the same names, shapes and dtypes."""
+    trainer = training.Trainer(optax.sgd(1e-3), trainable=lambda name: "conv_in" in name)
+    first, other = (trainer.init(cv.quantised(vae, f)) for f in ("float8_e4m3fn", "int8"))
+    training.save_state(tmp_path / "state", first)
+    with pytest.raises(ValueError, match="is not a state of this model"):
+        training.load_state(tmp_path / "state", other)
+
+
+def test_an_average_in_half_precision_moves():
+    old, new = jnp.zeros((), jnp.bfloat16), jnp.ones((), jnp.bfloat16)
+    got = _trainer._mixed(old, new, jnp.asarray(0.999))
+    assert got.dtype == jnp.bfloat16 and abs(float(got) - 0.001) < 1e-5
+
+
 @pytest.mark.parametrize(
     "optimiser",
     [
@@ -322,9 +338,14 @@ def test_states_of_other_kinds_come_back(optimiser, vae, tmp_path):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.average)
     state = eqx.tree_at(lambda s: (s.average, s.step), state, (half, jnp.int32(7)))
     training.save_state(tmp_path / "state", state)
-    blank = jax.tree.map(jnp.zeros_like, eqx.filter(state, eqx.is_inexact_array))
-    like = eqx.combine(blank, state)
-    like = eqx.tree_at(lambda s: s.step, like, jnp.int32(0))
+
+    def blank(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jnp.zeros_like(leaf)
+
+    like = jax.tree.map(lambda leaf: blank(leaf) if eqx.is_array(leaf) else leaf, state)
+    assert not eqx.tree_equal(like, state)
     assert eqx.tree_equal(training.load_state(tmp_path / "state", like), state)
 
 

@@ -120,6 +120,8 @@ class Stream(Iterator):
             with self._interruption:
                 self._look_ahead()
         if not isinstance(self._pending, _Pending):
+            # An interrupt may have come while the end, or an error, was found ahead.
+            self._interruption.raise_pending()
             raise self._pending or StopIteration
         # One batch in flight: the next one is dispatched when this one is done.
         jax.block_until_ready(self._pending.result)

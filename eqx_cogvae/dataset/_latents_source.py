@@ -141,8 +141,10 @@ def _examples(source: Path) -> Iterator[tuple[Item, dict[str, Any]]]:
     manifests = sorted(source.glob("manifest*.jsonl")) if source.is_dir() else []
     if source.name.endswith(".jsonl") and source.is_file():
         manifests = [source]
+    # Runs with another number of shards leave lines that say the same.
+    seen: set[str] = set()
     for manifest in manifests:
-        yield from _listed(manifest)
+        yield from _listed(manifest, seen)
     if manifests:
         return
     for item in find(source, LATENTS):
@@ -152,12 +154,12 @@ def _examples(source: Path) -> Iterator[tuple[Item, dict[str, Any]]]:
             yield item, {k: v for k, v in row.items() if k not in _PLACES}
 
 
-def _listed(manifest: Path) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """Yields the examples of a manifest, each with the file or the part of a tar it is in."""
+def _listed(manifest: Path, seen: set[str]) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """Yields the examples of a manifest whose lines are new, each with where its clip is."""
     tars: dict[Path, dict[str, Item]] = {}
     lines = manifest.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        if not line.strip() or line in seen:
             continue
         where = f"line {number} of {manifest}"
         try:
@@ -178,6 +180,7 @@ def _listed(manifest: Path) -> Iterator[tuple[Item, dict[str, Any]]]:
         if member not in tars[path]:
             raise ValueError(f"{where} names {member} in {path}, which is not there.")
         yield tars[path][member], columns
+    seen.update(lines)
 
 
 def _read(item: Item) -> Latents:

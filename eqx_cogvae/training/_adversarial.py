@@ -123,7 +123,8 @@ class Adversarial(eqx.Module):
         own, value = hinge(real, fake), value + weight * term
         added = {"adversarial": term, "adversarial_weight": weight, "discriminator": own}
         logits = {"logits_real": _mean(real), "logits_fake": _mean(fake)}
-        return value + own, {"loss": value, **terms, **added, **logits}
+        metrics = {"loss": value, **terms, **added, **logits}
+        return value + own, jax.tree.map(jnp.asarray, metrics)
 
     def update(
         self, discriminator: PyTree, optimiser: PyTree, grads: PyTree, step: Int[Array, ""]

@@ -18,6 +18,7 @@ from .._checkpoint.tensors import FLOATS, Stored, read_safetensors, write_safete
 from .._files import atomic
 from .._layers import Conv
 from .._lowering import Taps, pointwise_conv
+from .._quantised import is_quantised
 from .._types import Key, at_least_float32
 
 _KERNEL, _DOWN, _UP = ".weight", ".lora_A", ".lora_B"
@@ -69,7 +70,7 @@ def lora(vae: VAE, rank: int, *, key: Key, where: Callable[[str], bool] | None =
     **Returns:** the model with changed convolutions, for `Trainer(..., trainable=lora_only)`.
 
     **Raises:** `ValueError` for a rank below 1, for a `where` that chooses no convolution, and for
-    a model that has LoRA already.
+    a model that has LoRA already, or weights in 8 bits.
 
     !!! Example
 
@@ -198,7 +199,12 @@ def load_lora(path: str | os.PathLike, vae: VAE) -> VAE:
 
 def _convs(vae: VAE) -> dict[str, Conv]:
     """Returns the convolutions by their names in diffusers."""
-    is_conv = lambda node: isinstance(node, Conv | LowRank)  # noqa: E731
+    if is_quantised(vae):
+        raise ValueError(
+            "weights held in 8 bits take no LoRA: change the plain model, or `cv.dequantised(vae)`."
+        )
+    # A subclass of a user may compute something else.
+    is_conv = lambda node: type(node) is Conv or isinstance(node, LowRank)  # noqa: E731
     nodes, _ = jax.tree_util.tree_flatten_with_path(vae, is_leaf=is_conv)
     convs = {_name(path): node for path, node in nodes if is_conv(node)}
     for name, node in convs.items():
@@ -212,7 +218,7 @@ def _convs(vae: VAE) -> dict[str, Conv]:
 
 def _with_changes(vae: VAE, changes: Mapping[str, LowRank]) -> VAE:
     change = lambda path, node: changes.get(_name(path), node)  # noqa: E731
-    is_conv = lambda node: isinstance(node, Conv)  # noqa: E731
+    is_conv = lambda node: type(node) is Conv  # noqa: E731
     return jax.tree_util.tree_map_with_path(change, vae, is_leaf=is_conv)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from .._checkpoint.tensors import Stored, read_safetensors, write_safetensors
 from .._files import atomic
+from .._quantised import QuantisedConv
 from ._trainer import TrainState
 
 _FORMAT = "eqx_cogvae.state.1"
@@ -82,8 +83,16 @@ def _stored(state: TrainState) -> dict[str, Stored]:
 
 
 def _optimisers(state: TrainState) -> str:
-    """Returns the types of the optimisers' states, in one line."""
-    return " ".join([*_kinds(state.optimiser), *_kinds(state.discriminator_optimiser)])
+    """Returns the types of the optimisers' states, and formats of 8 bits, in one line."""
+    kinds = [*_kinds(state.optimiser), *_kinds(state.discriminator_optimiser)]
+    return " ".join(kinds + _formats(state.model))
+
+
+def _formats(model: Any) -> list[str]:
+    """Returns the formats of weights in 8 bits, whose tensors look alike in all of them."""
+    is_held = lambda node: isinstance(node, QuantisedConv)  # noqa: E731
+    nodes = jax.tree.leaves(model, is_leaf=is_held)
+    return sorted({node.format for node in nodes if is_held(node)})
 
 
 def _kinds(optimiser: Any) -> Iterator[str]:

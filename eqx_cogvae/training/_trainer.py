@@ -17,7 +17,7 @@ from .._checks import warn
 from .._meshes import automatic
 from .._pixels import from_pixels
 from .._quantised import is_quantised
-from .._types import Key
+from .._types import Key, at_least_float32
 from ._adversarial import Adversarial, check_optimiser, norm
 from ._clip_loss import ClipLoss, Metrics
 from ._remat import rematerialised
@@ -195,7 +195,7 @@ class Trainer(eqx.Module):
         vae = rematerialised(vae) if self.rematerialise else vae
         if self.adversarial is None:
             value, terms = self.loss(vae, clips, key)
-            return value, {"loss": value, **terms}
+            return value, jax.tree.map(jnp.asarray, {"loss": value, **terms})
         return self.adversarial.objective(self.loss, vae, discriminator, clips, key, step)
 
     def _gradients(self, state: TrainState, clips: Array, key: Key) -> tuple[Metrics, Any]:
@@ -276,8 +276,9 @@ def _cast(model: PyTree, dtype: Any) -> PyTree:
 
 
 def _mixed(average: Array, new: Array, decay: Array) -> Array:
-    decay = decay.astype(new.dtype)
-    return decay * average + (1 - decay) * new
+    # In half precision 0.999 is 1, with which the average would never move.
+    wide, decay = at_least_float32(average), decay.astype(at_least_float32(new).dtype)
+    return (decay * wide + (1 - decay) * at_least_float32(new)).astype(new.dtype)
 
 
 __all__ = ["TrainState", "Trainer", "decoder_only"]
