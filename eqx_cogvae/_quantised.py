@@ -117,9 +117,12 @@ def dequantised(vae: _M) -> _M:
 
 
 def is_quantised(tree: PyTree) -> bool:
-    """Returns True if any weights in `tree` are held in 8 bits."""
+    """Returns True if any weights in `tree` are held in 8 bits, and their scales are there.
+
+    A trainer's part of a model has no bits, which are no floating numbers.
+    """
     nodes = jax.tree.leaves(tree, is_leaf=_is_quantised)
-    return any(_is_quantised(node) and node.bits is not None for node in nodes)
+    return any(_is_quantised(node) and node.scale is not None for node in nodes)
 
 
 def _is_quantised(node: Any) -> bool:
