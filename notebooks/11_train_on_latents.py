@@ -371,7 +371,7 @@ def start():
     model = Flow(latents.shape[1:], key=jax.random.key(1))
     held = optimiser.init(eqx.filter(model, eqx.is_array))
     state = State(model, model, held, jnp.array(0))
-    # Put on the device as Orbax puts what it restores: the step compiles for both at once.
+    # Put where Orbax puts what it restores, so that the step compiles only once.
     arrays, rest = eqx.partition(state, eqx.is_array)
     return eqx.combine(jax.device_put(arrays, jax.devices()[0]), rest)
 
