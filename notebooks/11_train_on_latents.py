@@ -370,9 +370,10 @@ def start():
     """The state of a run that begins."""
     model = Flow(latents.shape[1:], key=jax.random.key(1))
     held = optimiser.init(eqx.filter(model, eqx.is_array))
-    # Put where Orbax puts what it restores: JAX would compile the step again otherwise.
     state = State(model, model, held, jnp.array(0))
-    return eqx.filter_shard(state, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    # Put where Orbax puts what it restores, so that the step compiles only once.
+    arrays, rest = eqx.partition(state, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, jax.devices()[0]), rest)
 
 
 def velocity(model, x: Float[Array, "b t h w c"], time, labels: Int[Array, "b 2"]):
