@@ -38,16 +38,18 @@ _WIDE = """[...document.querySelectorAll('details')].forEach(d => d.open = true)
     [...document.querySelectorAll('article pre, article pre > code')]
         .filter(e => e.scrollWidth > e.clientWidth && e.clientWidth)
         .map(e => e.innerText.split('\\n').sort((a, b) => b.length - a.length)[0])"""
-# Tables of measured figures with nothing between them and the last heading that names the script
-# that made them.
+# Tables of measured figures where neither their caption nor anything between them and the last
+# heading names the script that made them.
 _UNSIGNED = """[...document.querySelectorAll('article table')].filter(table => {
     const cells = [...table.querySelectorAll('tbody td:not(:first-child)')];
     const texts = cells.map(c => c.textContent.trim());
     const figures = texts.filter(t => /^[\\d.,e+-]+( (s|ms|dB|[KMG]i?B))?$/.test(t));
     if (figures.length <= cells.length / 2 || !figures.some(t => / |e-/.test(t))) return false;
+    const script = /(benchmarks|scripts|tests)\\/\\w+\\.py/;
     let above = table.closest('.md-typeset__scrollwrap') || table;
+    if (script.test(above.nextElementSibling?.textContent || '')) return false;  // its caption
     while ((above = above.previousElementSibling) && !/^H[1-6]$/.test(above.tagName))
-        if (/(benchmarks|scripts|tests)\\/\\w+\\.py/.test(above.textContent)) return false;
+        if (script.test(above.textContent)) return false;
     return true;
 }).map(table => table.textContent.trim().split('\\n')[0])"""
 _SEEN_LINKS = """[...document.querySelectorAll('a[href]')]
