@@ -472,7 +472,7 @@ reading, again = seconds(lambda: vae(clip))
 jax.monitoring.unregister_event_listener(listen)
 jax.monitoring.unregister_event_duration_listener(name)
 
-steps = [program for program in programs if "step" in program]
+steps = [program for program in programs if "frame_batch" in program]
 print(f"programs read from disk: {found['hits']}, compiled: {found['misses']}")
 print(f"steps: {len(steps)}, small programs: {len(set(programs) - set(steps))}")
 

@@ -423,7 +423,12 @@ def test_an_interrupted_run_goes_on(tmp_path, model):
     for seed in range(40):  # enough to be still at it, however busy the machine
         write(tmp_path / "v" / f"{seed}.mp4", 9, seed)
     arguments = ["encode-dataset", tmp_path / "v", tmp_path / "z", "--model", model, "--frames", 9]
-    code, words = stopped(arguments, tmp_path / "z", signal.SIGINT, 2)
+    for _ in range(3):
+        code, words = stopped(arguments, tmp_path / "z", signal.SIGINT, 2)
+        if "Exception ignored in" not in words:
+            break
+        # Python drops an interrupt that comes within a callback of its garbage collector.
+        shutil.rmtree(tmp_path / "z")
     assert code == 130 and "interrupted" in words.splitlines()[-1], words
     assert "Traceback" not in words
     assert 2 <= clips_in(tmp_path / "z") < 40

@@ -282,8 +282,8 @@ def test_the_command_line_tells_of_too_many_frames_at_once(file, tmp_path, capsy
         output = tmp_path / ("z.safetensors" if command == "encode" else "a.mp4")
         for rate in ([], ["--fps", "16"]):
             assert cli.main([command, str(file), str(output), "--frames", "100", *rate]) == 2
-            holds = "34" if rate else "17"
-            assert f"clip.mp4 holds {holds} frames, asked for" in capsys.readouterr().err
+            holds = "34 frames at 16 frames a second" if rate else "17 frames"
+            assert f"clip.mp4 holds {holds}, asked for" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.*"))
 
 
