@@ -211,7 +211,7 @@ REFUSED = {
     "decoder": r"`decoder` is no torch module here.*`\.vae\.decoder`.*`state_dict\(\)`",
     "encoder": r"`encoder` is no torch module here.*`\.vae\.encoder`.*`state_dict\(\)`",
     "get_submodule": r"`encoder` is no torch module here.*`\.vae\.encoder`.*`state_dict\(\)`",
-    "dequantize": r"not quantised: `\.to\(torch\.float32\)`",
+    "dequantize": r"`eqx_cogvae\.dequantised\(vae\)`.* `\.to\(torch\.float32\)`",
     "double": r"JAX has 64 bits off: cast it to 32",
     "enable_layerwise_casting": r"cast all weights by `\.to\(torch\.bfloat16\)`",
     "enable_parallelism": "give `mesh=` to the adapter",

@@ -70,8 +70,11 @@ class WithoutModules(AutoencoderKLCogVideoX):
         )
 
     def dequantize(self) -> NoReturn:
-        """**Raises:** `NotImplementedError`: weights are never quantised."""
-        raise NotImplementedError("weights are not quantised: `.to(torch.float32)` widens them.")
+        """**Raises:** `NotImplementedError`: the model is dequantised before it is wrapped."""
+        raise NotImplementedError(
+            "weights in 8 bits stay so within the adapter: build it from "
+            "`eqx_cogvae.dequantised(vae)`. `.to(torch.float32)` widens any others."
+        )
 
     @classmethod
     def extract_init_dict(cls, config_dict: Any, **kwargs: Any) -> tuple[dict, dict, dict]:
