@@ -22,6 +22,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Two habits that take a tenth of the time each: noting where in Python each operation of a program
+# comes from, and looking for cycles among the millions of objects that tracing makes.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.set_threshold(50_000, 20, 100)
 
 # The first example of a property may compile for longer than any deadline allows.
 _OPTIONS = {
