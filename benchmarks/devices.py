@@ -70,9 +70,9 @@ def main() -> None:
     )
     print(
         "| step | devices | rows x columns | permutes | sums | gathers | sent by a device "
-        "| compute | exchange | efficiency | compiled in |"
+        "| compute | exchange | efficiency | peak | compiled in |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for direction in options.steps:
         for count in options.devices:
             _row(direction, count, chip, options)
@@ -83,7 +83,8 @@ def _row(direction: str, count: int, chip: Chip, options: argparse.Namespace) ->
     from hlo import exchanges
 
     begun = time.perf_counter()
-    mesh, text = _compiled(direction, count, chip, options)
+    mesh, program = _compiled(direction, count, chip, options)
+    text = program.as_text() or ""
     found = exchanges(text, count, halo_bytes=2 if options.topology == "cpu" else None)
     kinds: dict[str, list[float]] = defaultdict(lambda: [0, 0])
     for each in found:
@@ -105,6 +106,7 @@ def _row(direction: str, count: int, chip: Chip, options: argparse.Namespace) ->
         f"{compute * 1e3:.1f} ms",
         f"{exchange * 1e3:.2f} ms",
         f"{one / count / (compute + exchange):.1%}",
+        f"{_peak(program) / 2**30:.2f} GiB",
         f"{time.perf_counter() - begun:.0f} s",
     ]
     print(f"| {direction} | {count} | {shape} | {' | '.join(cells)} |", flush=True)
@@ -112,10 +114,16 @@ def _row(direction: str, count: int, chip: Chip, options: argparse.Namespace) ->
         print(f"    {each.times} x {each.sent / 1e3:.0f} kB: {each.line[:300]}", flush=True)
 
 
+def _peak(program: Any) -> int:
+    memory = program.memory_analysis()
+    made = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return made + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
 def _compiled(
     direction: str, count: int, chip: Chip, options: argparse.Namespace
-) -> tuple[Any, str]:
-    """Returns the mesh, and the text of the program of a steady step."""
+) -> tuple[Any, Any]:
+    """Returns the mesh, and the program of a steady step."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
@@ -148,7 +156,7 @@ def _compiled(
         first = lowered_step(step, batch(FIRST[direction]), None, mesh)
         cache = put(first.out_info[1], video)
         steady = lowered_step(step, batch(STEADY[direction]), cache, mesh)
-        return mesh, steady.compile().as_text() or ""
+        return mesh, steady.compile()
 
 
 def _options() -> argparse.Namespace:

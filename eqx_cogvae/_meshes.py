@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -24,8 +24,31 @@ from ._types import is_traced
 _F = TypeVar("_F", bound=Callable)
 _VIDEO_RANK = 5  # (b, t, h, w, c)
 
-split = jax.make_user_context(False)
-"""True while tracing a function whose height or width is split over devices.
+
+class Split(NamedTuple):
+    """The numbers of devices that batch, height and width of video are split over."""
+
+    batch: int = 1
+    height: int = 1
+    width: int = 1
+
+    @property
+    def devices(self) -> int:
+        """Number of devices that share a video."""
+        return self.batch * self.height * self.width
+
+    @property
+    def within_frames(self) -> bool:
+        """True if height or width is split."""
+        return self.height * self.width > 1
+
+    def further(self, other: "Split") -> "Split":
+        """Returns the split of a video that both splits apply to."""
+        return Split(*map(max, self, other))
+
+
+split = jax.make_user_context(Split())
+"""The split of the video that functions are traced for.
 
 `sharded` sets it, and arrays on explicit axes do. A placement on automatic axes is not noticed. It
 is part of JAX's cache key.
@@ -70,7 +93,8 @@ def video_spec(tree: PyTree) -> PartitionSpec:
 
 def automatically(fn: Callable, args: tuple, mesh: Any, spec: PartitionSpec) -> Any:
     """Calls `fn(*args)` with every axis of `mesh` automatic, and shards what it returns."""
-    with split(split.value or _devices(mesh, spec[2]) * _devices(mesh, spec[3]) > 1):
+    counts = Split(*(_devices(mesh, spec[dim]) for dim in (0, 2, 3)))
+    with split(split.value.further(counts)):
         # Arrays that a traced function closes over are concrete; what is made while tracing is not.
         if is_traced((args, jnp.zeros(()))):
             return _traced(fn, args, mesh, spec)
@@ -164,6 +188,7 @@ def without_varying(aval: Any) -> Any:
 
 
 __all__ = [
+    "Split",
     "automatic",
     "automatically",
     "explicit_mesh",

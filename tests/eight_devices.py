@@ -105,7 +105,7 @@ def test_steps_are_exact_and_gather_nothing(what, name, vae):
 
 # Sizes at which every convolution has fewer multiplications, and every array is chunked.
 WINOGRAD = Thresholds(winograd_min_channels=1, winograd_min_pixels=0, winograd_min_work=0)
-CHUNKED = Thresholds(chunk_elements=1, huge_frame_pixels=1)
+CHUNKED = Thresholds(chunk_elements=1, split_chunk_elements=1, huge_frame_pixels=1)
 
 
 def test_wide_convolutions_gather_nothing():
@@ -228,13 +228,22 @@ def test_gradients_of_a_norm_gather_nothing():
     check(gradients(cut).lower(on_mesh).compile(), (on_mesh,), due)
 
 
-@pytest.mark.parametrize(("platform", "large"), [("tpu", False), ("tpu", True), ("gpu", True)])
-def test_other_platforms_lowering(platform, large, vae):
+@pytest.mark.parametrize(
+    ("platform", "sizes", "large"),
+    [
+        ("tpu", (2, 2, 2), False),
+        ("gpu", (2, 2, 2), True),
+        ("tpu", (2, 1, 2), True),
+        pytest.param("tpu", (2, 2, 2), True, marks=pytest.mark.full),
+    ],
+)
+def test_other_platforms_lowering(platform, sizes, large, vae):
     """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one.
 
-    Not bands of rows, nor products of matrices, for which XLA would gather.
+    Bands of rows where columns alone are split: XLA would gather rows for them, as it would for
+    products of matrices.
     """
-    mesh, latents = mesh_of((2, 2, 2)), clip("decode", (2, 4, 6), 3)
+    mesh, latents = mesh_of(sizes), clip("decode", (2, 4, 6), 3)
     cut = cv.sharded(vae.decoder, mesh, **AXES)
     with choose.thresholds(CHUNKED if large else Thresholds()), choose.as_if_on(platform):
         program = eqx.filter_jit(cut).lower(cut._placed(latents)).compile()
@@ -624,4 +633,5 @@ def test_an_axis_of_one_device_splits_nothing():
     for spec in (("x", None, "y"), ("y", None, "x")):
         fn = lambda x: (seen.append(_meshes.split.value), x)[1]  # noqa: E731
         _meshes.automatically(fn, (x,), mesh, spec_of(spec))
-    assert seen == [False, True]
+    assert seen == [_meshes.Split(batch=4), _meshes.Split(height=4)]
+    assert [split.within_frames for split in seen] == [False, True]

@@ -23,6 +23,7 @@ import eqx_cogvae as cv
 from eqx_cogvae import _layers
 from eqx_cogvae._lowering import choose
 from eqx_cogvae._lowering.choose import Thresholds
+from eqx_cogvae._meshes import Split
 
 # diffusers differs from itself by up to 3e-6 from one memory format to another.
 EQUAL = 1e-5
@@ -278,7 +279,7 @@ def test_the_step_takes_and_gives_the_cache(small_pair):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("split", [Split(), Split(height=2)], ids=["bands", "frames"])
 def test_large_videos_in_chunks(platform, split, small_pair):
     """In bands of rows, or frame by frame where devices hold rows: the same, gradients too."""
     vae, _ = small_pair
@@ -292,7 +293,8 @@ def test_large_videos_in_chunks(platform, split, small_pair):
         return decoded, encoded, eqx.filter_jit(eqx.filter_grad(loss))(vae, latents).decoder
 
     due = results()
-    limits = Thresholds(chunk_elements=1, huge_frame_pixels=1, product_min_channels=1)
+    sizes = {"chunk_elements": 1, "split_chunk_elements": 1, "huge_frame_pixels": 1}
+    limits = Thresholds(**sizes, product_min_channels=1)
     hints = choose.Hints(split, limits, platform)
     with choose.under(hints):
         assert "while" in eqx.filter_jit(lambda z: vae.decoder(z)).lower(latents).as_text()

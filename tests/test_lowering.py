@@ -15,6 +15,7 @@ from eqx_cogvae import _layers, _resnet
 from eqx_cogvae._lowering import choose, chunked, conv as lowering
 from eqx_cogvae._lowering.choose import Geometry, Hints, Spec, Thresholds
 from eqx_cogvae._lowering.chunked import Taps, Unit
+from eqx_cogvae._meshes import Split
 
 KEY = jax.random.key(0)
 SAME = Geometry()
@@ -22,6 +23,7 @@ STRIDED = Geometry(stride=2, pads=((0, 1), (0, 1)))
 DOUBLING = Geometry(doubles=True)
 # Sizes at which everything is chunked, or convolved by fewer multiplications.
 CHUNKED = Thresholds(chunk_elements=1)
+SPLIT = Hints(Split(height=2))
 WINOGRAD = Thresholds(winograd_min_channels=1, winograd_min_pixels=0, winograd_min_work=0)
 
 
@@ -279,7 +281,7 @@ def test_the_cache_is_the_last_frames(kernel, frames):
 def test_winograd_where_it_pays(frames, size, channels, name):
     x, kernel = (1, frames + 2, *size, channels), (3, 3, 3, channels, channels)
     assert choose.lowering(SAME, x, kernel, "cpu") == name
-    assert choose.lowering(SAME, x, kernel, "cpu", Hints(split=True)) == "taps"
+    assert choose.lowering(SAME, x, kernel, "cpu", SPLIT) == "taps"
 
 
 BAND = Geometry(pads=((0, 0), (1, 1)), band=True)
@@ -306,8 +308,7 @@ UNPADDED = Geometry(pads=((0, 0), (0, 0)))
 def test_the_lowering_of_each_platform(platform, geometry, x, kernel, name):
     assert choose.lowering(geometry, x, (*kernel, x[-1], x[-1]), platform) == name
     if name == "products":
-        split = Hints(split=True)
-        assert choose.lowering(geometry, x, (*kernel, 512, 512), platform, split) == "channels"
+        assert choose.lowering(geometry, x, (*kernel, 512, 512), platform, SPLIT) == "channels"
 
 
 def test_symbolic_sizes_have_the_plain_answer():
@@ -324,7 +325,18 @@ def test_heights_of_bands():
     heights = {480: 40, 100: 25, 82: 0, 62: 31, 8: 4, 6: 0}
     assert {h: choose.band_height((1, 2, h, 5, 10), 1, hints) for h in heights} == heights
     assert [choose.band_height((1, 2, 8, 5, 10), n, hints) for n in (4, 5)] == [4, 0]
-    assert choose.band_height((1, 2, 480, 5, 10), 1, Hints(split=True)) == 0
+    assert choose.band_height((1, 2, 480, 5, 10), 1, SPLIT) == 0
+
+
+def test_a_devices_share_decides():
+    """Clips and columns that are split leave taller bands; split rows leave single frames."""
+    limits = Thresholds(chunk_elements=40 * 100, split_chunk_elements=480 * 100)
+    hints = lambda **split: Hints(Split(**split), limits)  # noqa: E731
+    x = (2, 2, 480, 5, 10)
+    heights = [choose.band_height(x, 1, hints(**s)) for s in ({}, {"batch": 2}, {"width": 5})]
+    assert heights == [20, 40, 96]
+    assert [choose.in_chunks(x, hints(height=n)) for n in (1, 2, 3)] == [True, True, False]
+    assert [choose.in_chunks(x, hints(batch=n)) for n in (24, 25)] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from .._meshes import split
+from .._meshes import Split, split
 
 Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and behind, along height and along width."""
@@ -22,12 +22,16 @@ Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 class Thresholds:
     """Sizes at which another lowering becomes faster, or needs less memory.
 
-    They were measured on the default configuration, by the scripts in `benchmarks/`.
+    They were measured on the default configuration, by the scripts in `benchmarks/`. If several
+    devices share a video, elements are those of one device.
     """
 
     chunk_elements: int = 2**24
     """Arrays with at least this many elements are processed in chunks; also the largest size of a
     band of rows. From `tpu_compile.py` and `cpu.py`."""
+    split_chunk_elements: int = 2**27
+    """The same, for frames whose height is split. It is larger, because their chunks are single
+    frames, each of which has to exchange rows. From `devices.py`."""
     band_min_rows: int = 4
     """Minimum height of a band. With fewer rows, frames are processed one by one instead."""
     band_always_rows: int = 8
@@ -51,12 +55,15 @@ class Thresholds:
     """Elements that one step of Winograd's kernel gradient sees; the fastest of 2^18 to 2^22."""
 
 
+_ONE_DEVICE = Split()
+
+
 @dataclasses.dataclass(frozen=True)
 class Hints:
     """Facts about the whole program that the shapes of one operation do not show."""
 
-    split: bool = False
-    """True while tracing a function whose height or width is split over devices."""
+    split: Split = _ONE_DEVICE
+    """Numbers of devices that batch, height and width are split over."""
     thresholds: Thresholds = Thresholds()
     """Sizes that decide. Tests and tuning replace them."""
     platform: str | None = None
@@ -131,14 +138,14 @@ def lowering(
 
 
 def _on_tpu(geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: Hints) -> str:
-    limits, (_, frames, height, width, channels) = hints.thresholds, x
+    limits, (_, frames, _, _, channels) = hints.thresholds, x
     if kernel[1] > 1 and geometry.band:
         return "summed"
-    if frames == kernel[0] and _known(x) and height * width >= limits.huge_frame_pixels:
+    if frames == kernel[0] and _is_huge(x, hints):
         return "sequential"
-    small = _known(x) and math.prod(x) < limits.product_max_elements
+    small = _known(x) and _share(x, hints) < limits.product_max_elements
     # The products read shifted rows. If rows are split over devices, XLA gathers whole frames.
-    if small and channels >= limits.product_min_channels and not hints.split:
+    if small and channels >= limits.product_min_channels and not hints.split.within_frames:
         return "products"
     return "channels"
 
@@ -148,11 +155,13 @@ def _suits_winograd(
 ) -> bool:
     """Returns True if Winograd's algorithm is faster than a sum of direct 2D convolutions."""
     # It reads shifted rows. If rows are split over devices, XLA gathers whole frames.
-    if hints.split or not _known(x) or tuple(kernel[1:3]) != (3, 3) or geometry.stride > 1:
+    unsuitable = tuple(kernel[1:3]) != (3, 3) or geometry.stride > 1
+    if unsuitable or not _known(x) or hints.split.within_frames:
         return False
     (above, below), (left, right) = geometry.pads
     height, width = x[2] + above + below - 2, x[3] + left + right - 2
     pixels, channels = x[0] * (x[1] - kernel[0] + 1) * height * width, min(kernel[3:])
+    pixels //= hints.split.devices
     limits = hints.thresholds
     return (
         channels >= limits.winograd_min_channels
@@ -163,7 +172,9 @@ def _suits_winograd(
 
 def in_chunks(x: Sequence[Any], hints: Hints = Hints()) -> bool:
     """Returns True if an array of shape `(b, t, ...)` is processed in chunks."""
-    return _known(x) and x[1] > 1 and math.prod(x) >= hints.thresholds.chunk_elements
+    limits = hints.thresholds
+    most = limits.chunk_elements if hints.split.height == 1 else limits.split_chunk_elements
+    return _known(x) and x[1] > 1 and _share(x, hints) >= most
 
 
 def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
@@ -180,9 +191,9 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     """
     limits, frames, height = hints.thresholds, x[1], x[2]
     empty = -frames % 8 if frames > 4 else 0
-    if hints.split or 2 * empty > frames:
+    if hints.split.height > 1 or 2 * empty > frames:
         return 0
-    most = limits.chunk_elements * height // math.prod(x)
+    most = limits.chunk_elements * height // _share(x, hints)
     most = min(max(most, limits.band_always_rows), height // 2)
     found = max((n for n in range(1, most + 1) if height % n == 0), default=0)
     return found if found >= max(margin, limits.band_min_rows) else 0
@@ -196,8 +207,16 @@ def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:
     smaller ones compile for minutes. A batch of several clips is not pinned: it may be split over
     devices, and XLA would gather it.
     """
-    huge = _known(x) and x[2] * x[3] >= hints.thresholds.huge_frame_pixels
-    return huge and x[0] == 1 and not hints.split
+    return _is_huge(x, hints) and x[0] == 1 and not hints.split.within_frames
+
+
+def _is_huge(x: Sequence[Any], hints: Hints) -> bool:
+    return _known(x) and math.prod(x[2:4]) >= hints.thresholds.huge_frame_pixels
+
+
+def _share(shape: Sequence[int], hints: Hints) -> int:
+    """Returns the number of elements of an array that one device holds."""
+    return max(math.prod(shape) // hints.split.devices, 1)
 
 
 def _known(shape: Sequence[Any]) -> bool:

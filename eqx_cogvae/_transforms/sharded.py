@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
-from .._meshes import automatic, automatically, explicit_mesh, split
+from .._meshes import Split, automatic, automatically, explicit_mesh, split
 from .._types import is_traced
 from .base import Transform
 
@@ -44,8 +44,8 @@ class Sharded(Transform):
 
     def __call__(self, *args: PyTree[Shaped[Array, "..."]]) -> PyTree[Shaped[Array, "..."]]:
         self._check(args, "")
-        cut = any(among > 1 for name, (_, among) in self._cuts().items() if name != "batch")
-        with split(split.value or cut):
+        cut = Split(**{name: among for name, (_, among) in self._cuts().items()})
+        with split(split.value.further(cut)):
             explicit = explicit_mesh((args, self))
             if explicit is None:
                 return self._called(args)
