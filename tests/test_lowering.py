@@ -78,7 +78,13 @@ def test_every_lowering_is_torchs_convolution(name, sizes, frames):
 
 @pytest.mark.parametrize(
     ("name", "geometry"),
-    [("frames", STRIDED), ("taps", STRIDED), ("frames", DOUBLING), ("phases", DOUBLING)],
+    [
+        ("frames", STRIDED),
+        ("taps", STRIDED),
+        ("frames", DOUBLING),
+        ("phases", DOUBLING),
+        ("doubled", DOUBLING),
+    ],
 )
 def test_strided_and_doubling_lowerings_are_torchs(name, geometry):
     x, kernel = normal((2, 3, 6, 7, 3)), normal((1, 3, 3, 3, 5), 1)
@@ -295,6 +301,7 @@ UNPADDED = Geometry(pads=((0, 0), (0, 0)))
         ("cpu", STRIDED, (1, 9, 60, 90, 256), (1, 3, 3), "taps"),
         ("gpu", SAME, (1, 10, 480, 720, 128), (3, 3, 3), "channels"),
         ("gpu", DOUBLING, (1, 8, 60, 90, 256), (1, 3, 3), "frames"),
+        ("tpu", DOUBLING, (1, 8, 60, 90, 256), (1, 3, 3), "doubled"),
         ("tpu", STRIDED, (1, 8, 480, 720, 128), (1, 3, 3), "frames"),
         ("tpu", SAME, (1, 4, 60, 90, 512), (3, 3, 3), "products"),
         ("tpu", SAME, (1, 4, 60, 90, 16), (3, 3, 3), "channels"),

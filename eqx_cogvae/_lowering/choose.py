@@ -130,6 +130,8 @@ def lowering(
         if geometry.doubles:
             return "phases"
         return "winograd" if _suits_winograd(geometry, x, kernel, hints) else "taps"
+    if geometry.doubles and platform != "gpu":
+        return "doubled"
     if geometry.doubles or geometry.stride > 1 or kernel[0] == 1:
         return "frames"
     if platform == "gpu":

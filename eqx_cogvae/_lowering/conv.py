@@ -38,6 +38,7 @@ LOWERINGS: dict[str, Callable[[Array, Array, Spec], Array]] = {
     "products": tpu.products,
     "sequential": tpu.sequential,
     "summed": tpu.summed,
+    "doubled": tpu.doubled,
     "taps": cpu.taps,
     "phases": cpu.phases,
     "winograd": winograd.winograd,
@@ -194,10 +195,17 @@ def _by_input(platform: str, c: Array, kernel: Array, *, size: Any, geometry: An
         return cpu.by_input(wide_c, wide_kernel, size, spec).astype(c.dtype)
     # The result has the dtype of the frames: float32 cotangents would take twice the memory.
     spec = _spec("gpu", c.dtype, geometry, hints)
-    plain = frames.frames if kernel.shape[0] == 1 else frames.channels
+    plain = _transposable(platform, kernel.shape, geometry)
     shape = (c.shape[0], c.shape[1] + kernel.shape[0] - 1, *size, kernel.shape[3])
     x = jax.ShapeDtypeStruct(shape, c.dtype)
     return jax.linear_transpose(lambda x: plain(x, kernel, spec), x)(c)[0]
+
+
+def _transposable(platform: str, kernel: Sequence[int], geometry: Geometry) -> Callable:
+    """Returns the lowering whose transposes are the gradients on GPU and TPU."""
+    if kernel[0] > 1:
+        return frames.channels
+    return tpu.doubled if geometry.doubles and platform != "gpu" else frames.frames
 
 
 def _flipped(c: Array, kernel: Array, geometry: Geometry, hints: Hints) -> Geometry | None:
@@ -234,8 +242,7 @@ def _by_kernel(platform: str, x: Array, c: Array, *, sizes: Any, geometry: Any, 
     if platform == "cpu" and all(isinstance(n, int) for n in (*x.shape, *c.shape)):
         gradient = winograd.by_kernel if name == "winograd" else _cpu_by_kernel(sizes)
         return gradient(wide_x, wide_c, spec).astype(x.dtype)
-    by_platform = frames.frames if name == "frames" else frames.channels
-    plain = LOWERINGS[name] if platform == "cpu" else by_platform
+    plain = LOWERINGS[name] if platform == "cpu" else _transposable(platform, shape, geometry)
     kernel = jax.ShapeDtypeStruct(shape, wide_x.dtype)
     (gradient,) = jax.linear_transpose(lambda k: plain(wide_x, k, spec), kernel)(wide_c)
     return gradient.astype(x.dtype)

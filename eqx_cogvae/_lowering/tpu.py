@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from .._types import at_least_float32
 from .choose import Spec
 from .frames import lax_conv2d
 
@@ -54,4 +55,29 @@ def summed(x: Array, kernel: Array, spec: Spec) -> Array:
     return total.reshape(b, count, *total.shape[1:])
 
 
-__all__ = ["products", "sequential", "summed"]
+def doubled(x: Array, kernel: Array, spec: Spec) -> Array:
+    """Doubles by nearest neighbour, then convolves, as one convolution of frames among zeros.
+
+    A pixel among zeros that a square of ones spreads is a doubled one, and the square joins the
+    kernel, which grows by one. XLA for TPUs leaves the zeros out, and never holds doubled frames.
+    """
+    kernel = _sums_of_pairs(_sums_of_pairs(at_least_float32(kernel[0]), 0), 1).astype(x.dtype)
+    y = lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]),
+        kernel,
+        window_strides=(1, 1),
+        padding=[(above + 1, below + 1) for above, below in spec.geometry.pads],
+        lhs_dilation=(2, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=spec.accumulator,
+    )
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _sums_of_pairs(k: Array, axis: int) -> Array:
+    """Returns the sums of neighbours along an axis, the first and the last by themselves."""
+    zero = jnp.zeros_like(lax.slice_in_dim(k, 0, 1, axis=axis))
+    return jnp.concatenate([k, zero], axis) + jnp.concatenate([zero, k], axis)
+
+
+__all__ = ["doubled", "products", "sequential", "summed"]
