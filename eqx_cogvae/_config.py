@@ -6,12 +6,22 @@ import math
 import reprlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
+from jaxtyping import Array
 
 from ._frames import LATENT_BATCH, SAMPLE_BATCH, frame_batches
 
-ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+}
+"""Activations by the names that diffusers gives them."""
 # Beyond any network that fits a device, and where no size of an array overflows.
 _WIDEST = 2**16
 _DEEPEST = 12

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float
 
+from ._config import ACTIVATIONS
 from ._layers import CausalConv3d, Conv, GroupNorm, SpatialNorm
 from ._lowering import (
     normalised,
@@ -16,14 +17,6 @@ from ._lowering import (
     scheduled,
 )
 from ._types import Cache, Key, ResnetCache
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "mish": jax.nn.mish,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-}
 
 
 class ResnetBlock(eqx.Module):
@@ -99,4 +92,4 @@ def normed_conv(
     return conv(act(normalised(norm, x, latents)).astype(x.dtype), cache)
 
 
-__all__ = ["ACTIVATIONS", "ResnetBlock", "ResnetCache", "normed_conv"]
+__all__ = ["ResnetBlock", "ResnetCache", "normed_conv"]

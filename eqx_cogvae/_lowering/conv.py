@@ -33,15 +33,9 @@ from . import choose, cpu, frames, tpu, winograd
 from .choose import Geometry, Hints, Spec
 
 LOWERINGS: dict[str, Callable[[Array, Array, Spec], Array]] = {
-    "frames": frames.frames,
-    "channels": frames.channels,
-    "products": tpu.products,
-    "sequential": tpu.sequential,
-    "summed": tpu.summed,
-    "doubled": tpu.doubled,
-    "taps": cpu.taps,
-    "phases": cpu.phases,
-    "winograd": winograd.winograd,
+    lowering.__name__: lowering
+    for module in (frames, tpu, cpu, winograd)
+    for lowering in module.LOWERINGS
 }
 """Every way to convolve, by name. All of them agree, to rounding, where they apply."""
 

@@ -153,4 +153,6 @@ def _by_kernel(x: Array, cotangent: Array, sizes: tuple[int, ...]) -> Array:
     return total.reshape(taps, rows, columns, i, o)
 
 
-__all__ = ["by_input", "by_kernel", "phases", "taps"]
+LOWERINGS = (taps, phases)
+
+__all__ = ["LOWERINGS", "by_input", "by_kernel", "phases", "taps"]

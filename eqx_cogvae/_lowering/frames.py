@@ -70,4 +70,6 @@ def lax_conv2d(x: Array, kernel: Array, spec: Spec) -> Array:
     )
 
 
-__all__ = ["channels", "conv2d", "frames", "lax_conv2d"]
+LOWERINGS = (frames, channels)
+
+__all__ = ["LOWERINGS", "channels", "conv2d", "frames", "lax_conv2d"]

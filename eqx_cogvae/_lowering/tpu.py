@@ -80,4 +80,6 @@ def _sums_of_pairs(k: Array, axis: int) -> Array:
     return jnp.concatenate([k, zero], axis) + jnp.concatenate([zero, k], axis)
 
 
-__all__ = ["doubled", "products", "sequential", "summed"]
+LOWERINGS = (products, sequential, summed, doubled)
+
+__all__ = ["LOWERINGS", "doubled", "products", "sequential", "summed"]

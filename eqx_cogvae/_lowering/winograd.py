@@ -182,4 +182,6 @@ def _output_transform(m: Sequence[Array]) -> list[Array]:
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
-__all__ = ["by_kernel", "winograd"]
+LOWERINGS = (winograd,)
+
+__all__ = ["LOWERINGS", "by_kernel", "winograd"]
