@@ -44,6 +44,38 @@ _SHARDED = "_transforms/sharded.py"
 MUTANTS = (
     # Layers and their lowering, the network.
     Mutant(
+        "a device's share is the whole",
+        "_lowering/choose.py",
+        "max(math.prod(shape) // hints.split.devices, 1)",
+        "math.prod(shape)",
+        "test_lowering",
+        "a_devices_share_decides",
+    ),
+    Mutant(
+        "frames whose rows are not split go in large chunks",
+        "_lowering/choose.py",
+        "limits.chunk_elements if hints.split.height == 1",
+        "limits.chunk_elements if hints.split.height > 1",
+        "test_lowering",
+        "a_devices_share_decides",
+    ),
+    Mutant(
+        "an inner split forgets the outer one",
+        "_meshes.py",
+        "Split(*map(max, self, other))",
+        "other",
+        "test_lowering",
+        "a_devices_share_decides",
+    ),
+    Mutant(
+        "doubled pixels are one row and column late",
+        "_lowering/tpu.py",
+        "(above + 1, below + 1)",
+        "(above + 2, below)",
+        "test_lowering",
+        "doubling_lowerings",
+    ),
+    Mutant(
         "a cache is one frame late",
         "_lowering/conv.py",
         "x[:, -past:] if past",

@@ -344,6 +344,7 @@ def test_a_devices_share_decides():
     assert heights == [20, 40, 96]
     assert [choose.in_chunks(x, hints(height=n)) for n in (1, 2, 3)] == [True, True, False]
     assert [choose.in_chunks(x, hints(batch=n)) for n in (24, 25)] == [True, False]
+    assert Split(height=2).further(Split(batch=3)) == Split(batch=3, height=2)
 
 
 @pytest.mark.parametrize(
