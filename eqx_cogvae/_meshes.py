@@ -71,7 +71,7 @@ def on_automatic_axes(method: _F) -> _F:
             return method(self, *args, **options)
         spec = video_spec(video_first)
         call = lambda self, args, options: method(self, *args, **options)  # noqa: E731
-        return automatically(call, (self, args, options), mesh, spec)
+        return with_automatic_axes(call, (self, args, options), mesh, spec)
 
     return run  # pyright: ignore
 
@@ -91,7 +91,7 @@ def video_spec(tree: PyTree) -> PartitionSpec:
     return PartitionSpec(*[None] * _VIDEO_RANK)
 
 
-def automatically(fn: Callable, args: tuple, mesh: Any, spec: PartitionSpec) -> Any:
+def with_automatic_axes(fn: Callable, args: tuple, mesh: Any, spec: PartitionSpec) -> Any:
     """Calls `fn(*args)` with every axis of `mesh` automatic, and shards what it returns."""
     counts = Split(*(_devices(mesh, spec[dim]) for dim in (0, 2, 3)))
     with split(split.value.further(counts)):
@@ -190,11 +190,11 @@ def without_varying(aval: Any) -> Any:
 __all__ = [
     "Split",
     "automatic",
-    "automatically",
     "explicit_mesh",
     "on_automatic_axes",
     "split",
     "varying_as",
     "video_spec",
+    "with_automatic_axes",
     "without_varying",
 ]

@@ -632,6 +632,6 @@ def test_an_axis_of_one_device_splits_nothing():
     x = on_mesh(jnp.ones((4, 1, 4, 4, 1)), mesh, "x")
     for spec in (("x", None, "y"), ("y", None, "x")):
         fn = lambda x: (seen.append(_meshes.split.value), x)[1]  # noqa: E731
-        _meshes.automatically(fn, (x,), mesh, spec_of(spec))
+        _meshes.with_automatic_axes(fn, (x,), mesh, spec_of(spec))
     assert seen == [_meshes.Split(batch=4), _meshes.Split(height=4)]
     assert [split.within_frames for split in seen] == [False, True]

@@ -296,7 +296,7 @@ def test_large_videos_in_chunks(platform, split, small_pair):
     sizes = {"chunk_elements": 1, "split_chunk_elements": 1, "huge_frame_pixels": 1}
     limits = Thresholds(**sizes, product_min_channels=1)
     hints = choose.Hints(split, limits, platform)
-    with choose.under(hints):
+    with choose.using(hints):
         assert "while" in eqx.filter_jit(lambda z: vae.decoder(z)).lower(latents).as_text()
         got = results()
     for each, expected in zip(*map(jax.tree.leaves, (got, due)), strict=True):

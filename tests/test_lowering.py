@@ -400,7 +400,7 @@ UNITS = [
 def test_chunks_are_the_whole(unit):
     """Frame by frame, and in bands: the first, those with rows above and below, and the last."""
     unit = a_unit(*unit)
-    due = jax.jit(functools.partial(chunked.whole, jax.nn.silu))(unit)
+    due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
     close(jax.jit(functools.partial(chunked.by_frames, jax.nn.silu))(unit), due)
     close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
 
@@ -409,13 +409,13 @@ def test_chunks_are_the_whole(unit):
 def test_bands_of_other_kernels(sizes):
     """Of one tap in time, of no rows around, and of many."""
     unit = a_unit((7, 3), 3, False, "beside", sizes)
-    due = jax.jit(functools.partial(chunked.whole, jax.nn.silu))(unit)
+    due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
     close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
 
 
 def test_chunks_in_half_precision():
     unit = a_unit((12, 5), 8, True, None, dtype=jnp.bfloat16)
-    due = jax.jit(functools.partial(chunked.whole, jax.nn.silu))(unit)
+    due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
     for run in (chunked.by_frames, functools.partial(chunked.by_bands, height=8)):
         got = jax.jit(lambda unit, run=run: run(jax.nn.silu, unit=unit))(unit)
         assert all(y.dtype == jnp.bfloat16 for y in got)
@@ -436,7 +436,7 @@ def test_derivatives_of_chunks_are_the_wholes(unit):
             jax.jit(lambda u, t: jax.jvp(grad, (u,), (t,))[1])(unit, tangents),
         )
 
-    due = derivatives(chunked.whole)
+    due = derivatives(chunked.unchunked)
     with choose.thresholds(CHUNKED):
         close(derivatives(chunked.in_chunks), due, 1e-5)
 

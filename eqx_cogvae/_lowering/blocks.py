@@ -50,7 +50,7 @@ def normed_conv(
     beside: Taps | None = None,
 ) -> tuple[Array, Any] | None:
     """Runs a norm, an activation and a convolution in chunks if `x` is large, else returns None."""
-    if not choose.in_chunks(x.shape, choose.current()) or not offers(norm, "affine"):
+    if not choose.in_chunks(x.shape, choose.current_hints()) or not offers(norm, "affine"):
         return None
     if (taps := _taps(conv)) is None:
         return None
@@ -70,7 +70,7 @@ def residual_block(
     channels, the first convolution writes its result and the shortcut into the buffer of `x`, and
     the second adds them up.
     """
-    if not choose.in_chunks(x.shape, choose.current()):
+    if not choose.in_chunks(x.shape, choose.current_hints()):
         return None
     act, shortcut = block.activation, block.conv_shortcut
     cache1, cache2 = (None, None) if cache is None else cache

@@ -78,13 +78,13 @@ as_if_on = jax.make_user_context(None)
 """Platform whose lowerings functions are traced with, so that they can run on another one."""
 
 
-def current() -> Hints:
+def current_hints() -> Hints:
     """Returns the hints that hold while tracing."""
     return Hints(split.value, thresholds.value, as_if_on.value)
 
 
 @contextlib.contextmanager
-def under(hints: Hints) -> Iterator[None]:
+def using(hints: Hints) -> Iterator[None]:
     """Restores earlier hints: rules for derivatives run after their context has ended."""
     with split(hints.split), thresholds(hints.thresholds), as_if_on(hints.platform):
         yield
@@ -233,10 +233,10 @@ __all__ = [
     "Thresholds",
     "as_if_on",
     "band_height",
-    "current",
+    "current_hints",
     "in_chunks",
     "lowering",
     "pins_layout",
     "thresholds",
-    "under",
+    "using",
 ]

@@ -80,7 +80,7 @@ class Unit(NamedTuple):
         return jnp.zeros_like(self.x, shape=(*self.x.shape[:-1], self.taps.bias.size))
 
 
-def whole(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
+def unchunked(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
     """Runs a unit on all pixels at once; returns the result and the cache."""
     normed = act(unit.affine(unit.x[..., : unit.channels])).astype(unit.x.dtype)
     y, cache = causal_conv(normed, *unit.taps, unit.cache)
@@ -88,9 +88,9 @@ def whole(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
 
 
 def in_chunks(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
-    """Runs a unit chunk by chunk; equals `whole`, to rounding."""
+    """Runs a unit chunk by chunk; equals `unchunked`, to rounding."""
     parameters, static = eqx.partition(act, eqx.is_array)
-    return _in_chunks(static, choose.current(), parameters, unit)
+    return _in_chunks(static, choose.current_hints(), parameters, unit)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -99,26 +99,26 @@ def _in_chunks(
 ) -> tuple[Array, Array | None]:
     act = eqx.combine(static, parameters)
     # Derivatives are traced after the context that the hints came from has ended.
-    with choose.under(hints):
+    with choose.using(hints):
         height = choose.band_height(unit.x.shape, unit.taps.kernel.shape[1] // 2, hints)
         return by_bands(act, height, unit) if height else by_frames(act, unit)
 
 
 @_in_chunks.defjvp
 def _in_chunks_jvp(static: Any, hints: Hints, primals: Any, tangents: Any) -> Any:
-    def unchunked(parameters: Any, unit: Unit) -> tuple[Array, Array | None]:
-        return whole(eqx.combine(static, parameters), unit)
+    def plain(parameters: Any, unit: Unit) -> tuple[Array, Array | None]:
+        return unchunked(eqx.combine(static, parameters), unit)
 
-    with choose.under(hints):
+    with choose.using(hints):
         # The checkpoint keeps only the arguments for a backward pass. Its own result is unused, so
         # XLA removes the convolution that computes it.
-        _, tangent = jax.jvp(jax.checkpoint(unchunked), primals, tangents)
+        _, tangent = jax.jvp(jax.checkpoint(plain), primals, tangents)
     return _in_chunks(static, hints, *primals), tangent
 
 
 def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
     """Runs a unit frame by frame, in a loop that carries the last normalised frames."""
-    count, pinned = unit.x.shape[1], choose.pins_layout(unit.x.shape, choose.current())
+    count, pinned = unit.x.shape[1], choose.pins_layout(unit.x.shape, choose.current_hints())
 
     def normed(now: Array, i: Array) -> Array:
         affine = unit.affine.of_frame(i, count)
@@ -222,7 +222,7 @@ def frame_by_frame(
     fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]
 ) -> Float[Array, "b t *rest2"]:
     """Applies a function of single frames to the frames of `x`, one by one if `x` is large."""
-    if not choose.in_chunks(x.shape, choose.current()):
+    if not choose.in_chunks(x.shape, choose.current_hints()):
         return fn(x)
     moved = jnp.moveaxis(x, 1, 0)[:, :, None]
     _, y = lax.scan(lambda _, now: (None, fn(now)[:, 0]), None, moved)
@@ -230,4 +230,4 @@ def frame_by_frame(
     return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
 
 
-__all__ = ["Taps", "Unit", "by_bands", "by_frames", "frame_by_frame", "in_chunks", "whole"]
+__all__ = ["Taps", "Unit", "by_bands", "by_frames", "frame_by_frame", "in_chunks", "unchunked"]

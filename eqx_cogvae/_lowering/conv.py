@@ -93,7 +93,7 @@ def valid_conv(
     geometry: Geometry,
 ) -> Float[Array, "b t-kt+1 h2 w2 o"]:
     """Convolves, valid in time, and adds the bias; the dtype is that of `x`."""
-    return _bind(conv_p, x, kernel, bias, geometry=geometry, hints=choose.current())
+    return _bind(conv_p, x, kernel, bias, geometry=geometry, hints=choose.current_hints())
 
 
 def _bind(primitive: Primitive, *args: Array, **static: Any) -> Array:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
-from .._meshes import Split, automatic, automatically, explicit_mesh, split
+from .._meshes import Split, automatic, explicit_mesh, split, with_automatic_axes
 from .._types import is_traced
 from .base import Transform
 
@@ -50,7 +50,7 @@ class Sharded(Transform):
             if explicit is None:
                 return self._called(args)
             called = lambda self, args: self._called(args)  # noqa: E731
-            return automatically(called, (self, args), explicit, self._spec(explicit))
+            return with_automatic_axes(called, (self, args), explicit, self._spec(explicit))
 
     def _spec(self, mesh: Any) -> PartitionSpec:
         """Returns how results are cut, by axes that an explicit mesh around the call has too."""
