@@ -78,7 +78,7 @@ notebooks: .venv/.docs
 	$(BIN)/python -m jupytext --sync notebooks/*.py
 
 # As in tests/test_notebooks.py: most notebooks compile for longer than they run, but not these.
-LONG_RUNS := $(foreach number,05 06 09 11,build/notebooks/$(number)_%.ipynb)
+LONG_RUNS := $(foreach number,05 06 07 09 11,build/notebooks/$(number)_%.ipynb)
 build/notebooks/%.ipynb: OWN = XLA_FLAGS="$(FAST_COMPILE)" OMP_NUM_THREADS=1
 $(LONG_RUNS): OWN = XLA_FLAGS="$(FAST_RUN)" OMP_WAIT_POLICY=PASSIVE
 

@@ -18,7 +18,7 @@
 # - decode samples, and measure in pixels whether the model does what it is asked,
 # - save everything with Orbax, and resume so that not a bit differs.
 #
-# It runs offline in about two minutes, of which training takes one. Its videos are drawn by a few
+# It runs offline in about a minute, of which training takes half. Its videos are drawn by a few
 # lines of NumPy, and the VAE is the tiny one of this package. With your videos and the published
 # weights the code stays the same, but for the sizes.
 

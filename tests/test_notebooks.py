@@ -36,13 +36,13 @@ COMPILES = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     "OMP_NUM_THREADS": "1",
 }
-# These decode often, train, or compare speeds. Their programs take half the time to compile, and
-# run as fast as a reader's; torch has all cores too.
+# These decode often, train, search, or compare speeds. Their programs take half the time to
+# compile, and run as fast as a reader's; torch has all cores too.
 RUNS = {
     "XLA_FLAGS": "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-LONG_RUNS = ("05", "06", "09", "11")
+LONG_RUNS = ("05", "06", "07", "09", "11")
 
 
 def execute(source, target):
