@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "notebooks"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 CACHE = str(ROOT / ".jax_cache")
-CPU_SECONDS = 120
+CPU_SECONDS = 150
 OWN = {
     "EQX_COGVAE_MODEL": "tiny",
     "HF_HUB_OFFLINE": "1",
