@@ -31,6 +31,7 @@ demo: .venv/.demo
 # slower way to emit fused loops; `make test-full` runs with both. The tests of a file share
 # programs, so that each file stays in one process.
 FAST_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+FAST_RUN := --xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false
 test coverage mutants: export XLA_FLAGS ?= $(FAST_COMPILE)
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS)
@@ -76,10 +77,16 @@ site: docs
 notebooks: .venv/.docs
 	$(BIN)/python -m jupytext --sync notebooks/*.py
 
+# As in tests/test_notebooks.py: most notebooks compile for longer than they run, but not these.
+LONG_RUNS := $(foreach number,05 06 07 09 11,build/notebooks/$(number)_%.ipynb)
+build/notebooks/%.ipynb: OWN = XLA_FLAGS="$(FAST_COMPILE)" OMP_NUM_THREADS=1
+$(LONG_RUNS): OWN = XLA_FLAGS="$(FAST_RUN)" OMP_WAIT_POLICY=PASSIVE
+
 # The tests leave them here too: what they have executed is not executed again.
 build/notebooks/%.ipynb: notebooks/%.py $(shell find eqx_cogvae -type f -not -name "*.pyc") | .venv/.docs
 	mkdir -p build/notebooks
-	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=1 \
+	JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(OWN) \
 		$(BIN)/python -m jupytext --to notebook --execute --output $@ $<
 
 clean:

@@ -32,7 +32,7 @@ MODEL = os.environ.get("EQX_COGVAE_MODEL", "tiny")
 vae = cv.from_pretrained(MODEL, dtype=jnp.float32)
 channels = vae.config.latent_channels
 
-clips = [jnp.asarray(video.procedural_clip(9, 96, 144, seed=seed)) for seed in range(4)]
+clips = [jnp.asarray(video.procedural_clip(9, 80, 120, seed=seed)) for seed in range(4)]
 posteriors = [vae.encode(clip) for clip in clips]
 clip, posterior = clips[0], posteriors[0]
 latents = posterior.mode()

@@ -209,7 +209,8 @@ assert all(
 # difference.
 
 # %%
-tiles = eqx.filter_jit(cv.tiled(decode, (8, 8), (0.25, 0.25)))(latents)
+tiled = cv.tiled(decode, (8, 8), (0.25, 0.25), edges="shift")
+tiles = eqx.filter_jit(tiled)(latents)
 
 # %% tags=["drawing"]
 figure, axes = plt.subplots(1, 2, figsize=(7, 3), dpi=100, layout="constrained")

@@ -365,7 +365,7 @@ assert abs(quality[0] - quality[1]) < 0.1
 
 
 # %%
-def in_turns(ours, other, rounds=4):
+def in_turns(ours, other, rounds=3):
     """Returns the milliseconds of each call, ours and the other."""
     assert distance(ours(), channels_last(other())) < 1e-4
     times = [(1e3 * seconds(ours)[0], 1e3 * seconds(other)[0]) for _ in range(rounds)]

@@ -124,7 +124,9 @@ def _placed_as(array: np.ndarray, like: Any) -> Any:
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
         return jax.device_put(key, like.sharding)
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        return jax.device_put(array, like.sharding)
+        # An array that is committed to its device needs another program than one that is not.
+        committed = getattr(like, "committed", True)
+        return jax.device_put(array, like.sharding if committed else None)
     return array if isinstance(like, np.ndarray) else type(like)(array.item())
 
 
