@@ -4,6 +4,10 @@ import gc
 import os
 from pathlib import Path
 
+# Two processes share two cores: torch's threads would wait for one another, spinning. torch reads
+# this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import equinox as eqx
 import hypothesis
 import jax

@@ -47,10 +47,11 @@ LONG_RUNS = ("05", "06", "07", "09", "11")
 
 def execute(source, target):
     own = OWN | (RUNS if source.stem[:2] in LONG_RUNS else COMPILES)
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-m", "jupytext", "--to", "notebook", "--execute", "--output"]
     return subprocess.run(
         [*command, str(target), str(source)],
-        env=os.environ | own,
+        env=inherited | own,
         capture_output=True,
         text=True,
     )

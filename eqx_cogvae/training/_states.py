@@ -120,13 +120,13 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _placed_as(array: np.ndarray, like: Any) -> Any:
+    # An array that is committed to its device needs another program than one that is not.
+    place = like.sharding if getattr(like, "committed", hasattr(like, "sharding")) else None
     if _is_key(like):
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
-        return jax.device_put(key, like.sharding)
+        return jax.device_put(key, place)
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        # An array that is committed to its device needs another program than one that is not.
-        committed = getattr(like, "committed", True)
-        return jax.device_put(array, like.sharding if committed else None)
+        return jax.device_put(array, place)
     return array if isinstance(like, np.ndarray) else type(like)(array.item())
 
 
