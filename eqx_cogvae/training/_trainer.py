@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from .._autoencoder import VAE
 from .._checkpoint import tensor_names
 from .._checks import warn
-from .._meshes import automatic
+from .._meshes import Split, automatic, split
 from .._pixels import from_pixels
 from .._quantised import is_quantised
 from .._types import Key, at_least_float32
@@ -231,7 +231,9 @@ def _update(held: tuple[Trainer, Array, Key], state: TrainState) -> tuple[TrainS
     if clips.dtype == jnp.uint8:
         clips = from_pixels(clips)
     key = jax.random.fold_in(key, state.step)
-    metrics, (grads, other_grads) = trainer._gradients(state, clips, key)
+    share = Split(batch=1 if trainer.mesh is None else trainer.mesh.size)
+    with split(split.value.further(share)):
+        metrics, (grads, other_grads) = trainer._gradients(state, clips, key)
     trained, frozen = trainer._split(state.model)
     other = state.discriminator, state.discriminator_optimiser
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
