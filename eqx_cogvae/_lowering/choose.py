@@ -141,12 +141,12 @@ def lowering(
 
 def _on_tpu(geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: Hints) -> str:
     limits, (_, frames, _, _, channels) = hints.thresholds, x
-    if kernel[1] > 1 and geometry.band:
+    if kernel[1] > 1 and (geometry.band or hints.split.within_frames):
         return "summed"
     if frames == kernel[0] and _is_huge(x, hints):
         return "sequential"
     small = _known(x) and _share(x, hints) < limits.product_max_elements
-    # The products read shifted rows. If rows are split over devices, XLA gathers whole frames.
+    # The products read shifted rows, for which XLA gathers whole frames if devices share them.
     if small and channels >= limits.product_min_channels and not hints.split.within_frames:
         return "products"
     return "channels"
