@@ -141,15 +141,14 @@ def lowering(
 
 def _on_tpu(geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: Hints) -> str:
     limits, (_, frames, _, _, channels) = hints.thresholds, x
-    if kernel[1] > 1 and (geometry.band or hints.split.within_frames):
+    if kernel[1] > 1 and geometry.band:
         return "summed"
     if frames == kernel[0] and _is_huge(x, hints):
         return "sequential"
+    if hints.split.within_frames:  # The products' shifted rows would make XLA gather whole frames.
+        return "summed"
     small = _known(x) and _share(x, hints) < limits.product_max_elements
-    # The products read shifted rows, for which XLA gathers whole frames if devices share them.
-    if small and channels >= limits.product_min_channels and not hints.split.within_frames:
-        return "products"
-    return "channels"
+    return "products" if small and channels >= limits.product_min_channels else "channels"
 
 
 def _suits_winograd(
