@@ -124,12 +124,14 @@ def test_jacobians_linear_maps_and_hessians():
 @pytest.mark.parametrize(
     "transform",
     [
-        lambda vae: cv.sliced(cv.framewise(vae.decode_step, 2)),
-        lambda vae: cv.tiled(cv.framewise(vae.decode_step, 2), (4, 4), (0, 0.5), edges="shift"),
-        lambda vae: cv.framewise(eqx.filter_checkpoint(vae.decode_step), 2),
-        lambda vae: cv.framewise(training.rematerialised(vae).decode_step, 2),
+        lambda vae: cv.sliced(
+            cv.tiled(cv.framewise(vae.decode_step, 2), (4, 4), (0.5, 0.5), edges="shift")
+        ),
+        lambda vae: cv.framewise(
+            eqx.filter_checkpoint(training.rematerialised(vae).decode_step), 2
+        ),
     ],
-    ids=["sliced", "tiled", "checkpointed", "rematerialised"],
+    ids=["sliced and tiled", "checkpointed and rematerialised"],
 )
 def test_forward_mode_of_transforms(transform, vae):
     z, tangent = normal(LATENTS), normal(LATENTS, 1)
