@@ -92,8 +92,15 @@ def test_strided_and_doubling_lowerings_are_torchs(name, geometry):
     assert distance(by_name(name, x, kernel, geometry), from_torch(due)) < 1e-6
 
 
-@pytest.mark.parametrize("pads", [((0, 0), (1, 1)), ((1, 1), (1, 1)), ((2, 2), (0, 0))])
-@pytest.mark.parametrize("size", [(6, 8), (5, 7), (3, 4)])
+@pytest.mark.parametrize(
+    ("size", "pads"),
+    [
+        # Every size and every pads once; the rest of the grid is long tests.
+        pytest.param(size, pads, marks=() if i == j else pytest.mark.full)
+        for i, size in enumerate([(6, 8), (5, 7), (3, 4)])
+        for j, pads in enumerate([((0, 0), (1, 1)), ((1, 1), (1, 1)), ((2, 2), (0, 0))])
+    ],
+)
 def test_fewer_multiplications_make_the_same_convolution(size, pads):
     """Winograd's, in one piece and in bands of rows."""
     x, kernel = normal((2, 4, *size, 8)), normal((3, 3, 3, 8, 12), 1)
@@ -359,8 +366,8 @@ def test_bands_are_of_as_many_frames_as_fill_a_tpus_rows(frames, full):
 
 def a_unit(latents, frames, cached, added, sizes=(3, 3, 3), dtype=jnp.float32):
     """A unit of 16 channels to 8, in frames of 24x5."""
-    keys = iter(jax.random.split(KEY, 20))
-    draw = lambda *shape: jax.random.normal(next(keys), shape, dtype)  # noqa: E731
+    draws = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(draws.standard_normal(shape), dtype)  # noqa: E731
     norm = _layers.GroupNorm(16, 4, 1e-6, dtype=dtype)
     norm = eqx.tree_at(lambda n: (n.weight, n.bias), norm, (draw(16), draw(16)))
     x = draw(2, frames, 24, 5, 24 if added == "beyond" else 16)
@@ -405,7 +412,10 @@ def test_chunks_are_the_whole(unit):
     close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
 
 
-@pytest.mark.parametrize("sizes", [(1, 3, 3), (3, 1, 1), (2, 5, 3), (3, 9, 3)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 3, 3), (3, 1, 1), (3, 9, 3), pytest.param((2, 5, 3), marks=pytest.mark.full)],
+)
 def test_bands_of_other_kernels(sizes):
     """Of one tap in time, of no rows around, and of many."""
     unit = a_unit((7, 3), 3, False, "beside", sizes)
@@ -422,7 +432,9 @@ def test_chunks_in_half_precision():
         close(got, due, 1e-2)
 
 
-@pytest.mark.parametrize("unit", [UNITS[1], UNITS[4], UNITS[6]], ids=str)
+@pytest.mark.parametrize(
+    "unit", [pytest.param(UNITS[1], marks=pytest.mark.full), UNITS[4], UNITS[6]], ids=str
+)
 def test_derivatives_of_chunks_are_the_wholes(unit):
     unit, tangents = a_unit(*unit), jax.tree.map(lambda x: 0.1 * x + 1, a_unit(*unit))
     loss = lambda y: sum(jnp.sum(jnp.sin(part)) for part in jax.tree.leaves(y))  # noqa: E731

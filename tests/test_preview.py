@@ -202,7 +202,10 @@ def test_a_fiftieth_of_the_arithmetic():
     assert counts[0] / counts[1] == pytest.approx(51, rel=0.03)
 
 
-@pytest.mark.parametrize("count", range(1, 14))
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(n, marks=() if n in (1, 2, 3, 4, 7) else pytest.mark.full) for n in range(1, 14)],
+)
 def test_decoding_equals_torch(count, tiny, latents, frames):
     due = pictures(frames, count)
     assert due.shape[1] == (4 * count if count % 2 == 0 else 4 * count - 3)
@@ -213,7 +216,10 @@ def test_decoding_equals_torch(count, tiny, latents, frames):
     np.testing.assert_array_equal(joined(stream), got)
 
 
-@pytest.mark.parametrize("count", range(1, 14))
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(n, marks=() if n < 6 or n == 13 else pytest.mark.full) for n in range(1, 14)],
+)
 def test_encoding_equals_torch(count, tiny, tensors):
     video = np.tanh(np.asarray(normal((1, count, 8, 16, 3), count)))
     due = encoded(tensors, video)
@@ -232,7 +238,7 @@ def test_a_latent_alone_first_gives_one_frame(tiny, latents, frames):
 
 
 def test_every_transform_applies(tiny, latents):
-    clips = jnp.concatenate([latents[:, :3], latents[:, 5:8]])
+    clips = jnp.concatenate([latents[:, :2], latents[:, 5:7]])
     due = tiny.decode(clips)
     whole = cv.framewise(tiny.decode_step, 2)
     mesh = cv.best_mesh(clips.shape, jax.devices()[:1])
