@@ -14,7 +14,7 @@ import numpy as np
 import eqx_cogvae as cv
 
 CONFIG = cv.Config(
-    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=3
+    block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, latent_channels=3
 )
 AXES = {"batch": "batch", "height": "height", "width": "width"}
 
