@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from reference import thinned
 
 import eqx_cogvae as cv
 from eqx_cogvae import _latents, video
@@ -28,7 +29,7 @@ CONFIG = cv.Config(
 
 @pytest.fixture(scope="module")
 def vae():
-    return cv.VAE(CONFIG, key=jax.random.key(0))
+    return thinned(cv.VAE(CONFIG, key=jax.random.key(0)))
 
 
 @pytest.fixture(autouse=True)
@@ -425,33 +426,25 @@ def test_help_and_version(words, capsys):
 
 
 LIGHT = """
-import sys
+import sys, time
+import eqx_cogvae
+begun = time.process_time()
 from eqx_cogvae.__main__ import main
 code = main({words!r})
+spent = time.process_time() - begun
 heavy = [m for m in ("av", "diffusers", "optax", "pyarrow", "ray", "torch") if m in sys.modules]
-print(code, heavy)
+print(code, heavy, spent)
 """
 
 
 @pytest.mark.parametrize("words", [["--help"], ["encode", "--dtype", "int8"]])
 def test_help_and_mistakes_import_nothing_heavy(words):
-    code = LIGHT.format(words=words)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"{2 * (len(words) > 1)} []"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="processor time of children is of Unix")
-def test_help_costs_little_more_than_the_import():
-    """In processor time, which other work on the machine hardly changes; the least of three."""
-
-    def cost(*words):
-        before = os.times()
-        subprocess.run([sys.executable, *words], capture_output=True, check=True)
-        after = os.times()
-        return after.children_user + after.children_system - sum(before[2:4])
-
-    pairs = [
-        (cost("-c", "import eqx_cogvae"), cost("-m", "eqx_cogvae", "--help")) for _ in range(3)
-    ]
-    bare, ours = map(min, zip(*pairs, strict=True))
-    assert ours < bare + 0.2
+    """They cost little more than the import does, in processor time, the least of three."""
+    seconds = []
+    while not seconds or (min(seconds) > 0.2 and len(seconds) < 3):
+        command = [sys.executable, "-c", LIGHT.format(words=words)]
+        said = subprocess.check_output(command, text=True).splitlines()[-1]
+        found, spent = said.rsplit(maxsplit=1)
+        assert found == f"{2 * (len(words) > 1)} []"
+        seconds.append(float(spent))
+    assert min(seconds) < 0.2

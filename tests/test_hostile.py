@@ -10,18 +10,18 @@ import pytest
 import eqx_cogvae as cv
 
 HOSTILE = Path(__file__).with_name("hostile.py")
-MUTATIONS = 500
 
 
-def test_mutated_files():
+@pytest.mark.parametrize("mutations", [250, pytest.param(2500, marks=pytest.mark.full)])
+def test_mutated_files(mutations):
     """In a process of its own: its end by a signal is a failure, and its memory is its own."""
-    arguments = [sys.executable, HOSTILE, "--mutations", str(MUTATIONS)]
+    arguments = [sys.executable, HOSTILE, "--mutations", str(mutations)]
     done = subprocess.run(arguments, cwd=HOSTILE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr[-4000:])
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["loaded"] + counts["refused"] == MUTATIONS
+    assert counts["loaded"] + counts["refused"] == mutations
     # The mutations are neither all harmless nor all fatal.
-    assert min(counts["loaded"], counts["refused"]) > MUTATIONS // 20
+    assert min(counts["loaded"], counts["refused"]) > mutations // 20
 
 
 @pytest.mark.parametrize(
