@@ -452,6 +452,20 @@ def test_training_against_a_discriminator_over_a_batch_is_exact(one_level):
         assert distance(got, due) < 1e-5
 
 
+def test_a_trainer_says_how_many_devices_share_the_batch(vae):
+    """Chunks go by what one of them holds."""
+    seen = []
+
+    def loss(vae, clips, key):
+        del key
+        seen.append(_meshes.split.value)
+        return jnp.mean(vae.encoder.conv_in.conv.bias) * jnp.mean(clips), {}
+
+    trainer = training.Trainer(optax.sgd(0.1), loss, mesh=mesh_of((4, 1, 1)))
+    trainer.step(trainer.init(vae), jnp.zeros((4, 1, 8, 8, 3)), jax.random.key(0))
+    assert set(seen) == {_meshes.Split(batch=4)}
+
+
 def test_a_state_comes_back_to_its_mesh(vae, tmp_path):
     trainer = training.Trainer(optax.adam(1e-3), mesh=mesh_of((4, 1, 1)))
     state = trainer.init(jax.tree.map(lambda x: x + 1 if eqx.is_array(x) else x, vae))
