@@ -1,6 +1,7 @@
 """Fingerprints of models, and the ways in which a model differs from its config."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -53,6 +54,7 @@ def departures(vae: eqx.Module) -> dict[str, str]:
     return {place: found[place] for place in places}
 
 
+@functools.lru_cache(maxsize=16)
 def skeleton(config: Config) -> VAE:
     """Returns the VAE with shapes in the place of arrays: nothing is allocated."""
     return eqx.filter_eval_shape(lambda: VAE(config, key=jax.random.key(0)))
