@@ -102,11 +102,8 @@ def test_forward_mode_of_steps_by_weights_and_cache(step, limits, vae):
     assert abs(forward - reverse) < 1e-4 * abs(reverse)
 
 
-def test_jacobians_linear_maps_and_hessians():
-    one_level = cv.Config(
-        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, latent_channels=3
-    )
-    vae, small = cv.VAE(one_level, key=jax.random.key(0)), normal((1, 1, 2, 2, 3))
+def test_jacobians_and_linear_maps(vae):
+    small = normal((1, 1, 2, 2, 3))
     fn = lambda z: vae.decode_step(z)[0]  # noqa: E731
     forward, reverse = jax.jacfwd(fn)(small), jax.jacrev(fn)(small)
     close(forward, reverse)
@@ -114,9 +111,23 @@ def test_jacobians_linear_maps_and_hessians():
     directions = jnp.eye(small.size).reshape(-1, *small.shape)
     columns = jax.vmap(linear)(directions)
     close(jnp.moveaxis(columns, 0, -1).reshape(forward.shape), forward)
-    loss = lambda z: jnp.sum(jnp.sin(fn(z)))  # noqa: E731
-    hessian = jax.hessian(loss)(small)
-    close(hessian, jax.jacrev(jax.grad(loss))(small), 1e-4)
+
+
+FIRST_LAYERS = {
+    "first block": lambda decoder, z: decoder.mid_block.resnets[0](
+        decoder.conv_in(z)[0], latents=z
+    )[0],
+    "decoder": lambda decoder, z: decoder(z)[0],
+}
+
+
+@pytest.mark.parametrize("layers", ["first block", pytest.param("decoder", marks=pytest.mark.full)])
+def test_hessians(layers, vae):
+    """Forward over reverse and reverse over reverse, of the decoder's first layers or of all."""
+    small = normal((1, 1, 2, 2, 3))
+    loss = lambda z: jnp.sum(jnp.sin(FIRST_LAYERS[layers](vae.decoder, z)))  # noqa: E731
+    hessian = jax.jit(jax.hessian(loss))(small)
+    close(hessian, jax.jit(jax.jacrev(jax.grad(loss)))(small), 1e-4)
     flat = hessian.reshape(small.size, small.size)
     close(flat, flat.T, 1e-4)
 
