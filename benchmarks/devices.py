@@ -106,7 +106,7 @@ def _row(direction: str, count: int, chip: Chip, options: argparse.Namespace) ->
         f"{compute * 1e3:.1f} ms",
         f"{exchange * 1e3:.2f} ms",
         f"{one / count / (compute + exchange):.1%}",
-        f"{_peak(program) / 2**30:.2f} GiB",
+        "" if options.topology == "cpu" else f"{_peak(program) / 2**30:.2f} GiB",
         f"{time.perf_counter() - begun:.0f} s",
     ]
     print(f"| {direction} | {count} | {shape} | {' | '.join(cells)} |", flush=True)
@@ -115,6 +115,7 @@ def _row(direction: str, count: int, chip: Chip, options: argparse.Namespace) ->
 
 
 def _peak(program: Any) -> int:
+    """Returns the bytes that one device holds, which are a chip's if it is compiled for."""
     memory = program.memory_analysis()
     made = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return made + memory.output_size_in_bytes - memory.alias_size_in_bytes

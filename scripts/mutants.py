@@ -44,6 +44,14 @@ _SHARDED = "_transforms/sharded.py"
 MUTANTS = (
     # Layers and their lowering, the network.
     Mutant(
+        "means of single frames have no derivative",
+        "_lowering/affine.py",
+        "change = change - affine_tangent.mean",
+        "change = change",
+        "test_lowering",
+        "derivatives_of_an_affine_map",
+    ),
+    Mutant(
         "a device's share is the whole",
         "_lowering/choose.py",
         "max(math.prod(shape) // hints.split.devices, 1)",

@@ -13,6 +13,7 @@ from reference import distance, from_torch, normal, to_torch
 
 from eqx_cogvae import _layers, _resnet
 from eqx_cogvae._lowering import choose, chunked, conv as lowering
+from eqx_cogvae._lowering.affine import Affine
 from eqx_cogvae._lowering.choose import Geometry, Hints, Spec, Thresholds
 from eqx_cogvae._lowering.chunked import Taps, Unit
 from eqx_cogvae._meshes import Split
@@ -332,6 +333,23 @@ def test_symbolic_sizes_have_the_plain_answer():
         assert choose.lowering(SAME, x, kernel, "cpu") == "taps"
         assert choose.lowering(SAME, x, kernel, "tpu") == "channels"
         assert not choose.in_chunks(x, Hints(thresholds=CHUNKED))
+
+
+@pytest.mark.parametrize("means", [1, 3])
+def test_derivatives_of_an_affine_map(means):
+    """Of a clip's one mean, and of one for each frame."""
+    x, mean = normal((2, 3, 4, 6, 5)), normal((2, means, 1, 1, 5), 1)
+    affine = Affine(mean, normal((2, 3, 2, 3, 5), 2), normal((2, 3, 2, 3, 5), 3))
+
+    def plain(affine, x):
+        scale, shift = (jnp.repeat(jnp.repeat(s, 2, axis=2), 2, axis=3) for s in affine[1:])
+        return (x - affine.mean) * scale + shift
+
+    def gradients(fn):
+        return jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), (0, 1)))(affine, x)
+
+    pairs = zip(*map(jax.tree.leaves, (gradients(Affine.__call__), gradients(plain))), strict=True)
+    assert all(distance(got, due) < 1e-6 for got, due in pairs)
 
 
 def test_heights_of_bands():
