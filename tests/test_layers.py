@@ -16,6 +16,11 @@ from eqx_cogvae import _layers, _resnet
 KEY = jax.random.key(0)
 
 
+def exact(x):
+    """A tensor of float64: torch's sums of float32 are off by 1e-6, by how many threads it has."""
+    return to_torch(x).double()
+
+
 def torch_gradients(fn, *tensors):
     """Of the sum of squares, by each tensor; back in our layouts."""
     tensors = [t.clone().requires_grad_() for t in tensors]
@@ -37,7 +42,7 @@ def torch_gradients(fn, *tensors):
 def test_gradients_of_resampling_agree(model, side):
     down = model is CogVideoXDownsample3D
     layer = (_layers.Downsample if down else _layers.Upsample)(4, True, key=KEY)
-    module = model(4, 4, compress_time=True, padding=0 if down else 1)
+    module = model(4, 4, compress_time=True, padding=0 if down else 1).double()
     copy(module.conv, layer.conv)
     x = normal((2, 3, *side, 4))
 
@@ -48,10 +53,10 @@ def test_gradients_of_resampling_agree(model, side):
         return jnp.sum(jnp.square(layer(x)))
 
     ours, by_x = gradients((layer, x))
-    (due,) = torch_gradients(module, to_torch(x))
+    (due,) = torch_gradients(module, exact(x))
     assert distance(by_x, np.moveaxis(due, 1, -1)) < 1e-6
     module.zero_grad()
-    module(to_torch(x)).square().sum().backward()
+    module(exact(x)).square().sum().backward()
     due = module.conv.weight.grad.numpy().transpose(2, 3, 1, 0)
     assert distance(ours.conv.weight, due) < 1e-6
 
@@ -92,7 +97,7 @@ def test_group_norm_is_as_exact_as_float64(offset, first, bar):
     """A large mean swamps variances that are not centred first."""
     layer = _layers.GroupNorm(8, 2, 1e-6)
     x = (normal((1, 3, 32, 32, 8)) + offset).at[0, 0, 0, 0].set(first)
-    due = torch.nn.functional.group_norm(to_torch(x).double(), 2, eps=1e-6)
+    due = torch.nn.functional.group_norm(exact(x), 2, eps=1e-6)
     assert distance(layer(x), np.moveaxis(due.numpy(), 1, -1)) < bar
 
 
@@ -104,7 +109,7 @@ SOME = ((1, 1), (2, 3), (3, 2), (4, 1), (5, 3))
 
 def spatial_norms():
     ours = _layers.SpatialNorm(8, 3, 2, key=KEY)
-    model = theirs.CogVideoXSpatialNorm3D(8, 3, groups=2)
+    model = theirs.CogVideoXSpatialNorm3D(8, 3, groups=2).double()
     copy(model.conv_y.conv, ours.conv_y.conv)
     copy(model.conv_b.conv, ours.conv_b.conv)
     return ours, model
@@ -117,7 +122,7 @@ def spatial_norms():
 def test_spatial_norm(frames, latent_frames):
     ours, model = spatial_norms()
     x, z = normal((2, frames, 11, 8, 8)), normal((2, latent_frames, 5, 4, 3), 1)
-    due, _ = model(to_torch(x), to_torch(z))
+    due, _ = model(exact(x), exact(z))
     assert distance(ours(x, z), from_torch(due)) < 2e-6
 
 
@@ -142,7 +147,7 @@ def test_gradients_of_a_spatial_norm_agree(frames, latent_frames, side):
         return jnp.sum(jnp.square(norm(x, z) * weights))
 
     by_norm, *ours = gradients((ours, x, z))
-    due = torch_gradients(lambda x, z: model(x, z)[0] * to_torch(weights), to_torch(x), to_torch(z))
+    due = torch_gradients(lambda x, z: model(x, z)[0] * exact(weights), exact(x), exact(z))
     pairs = [(got, np.moveaxis(theirs, 1, -1)) for got, theirs in zip(ours, due, strict=True)]
     pairs += [
         (by_norm.norm_layer.weight, model.norm_layer.weight.grad),
@@ -177,7 +182,7 @@ def test_gradients_of_a_norm_in_half_precision():
 def test_an_overflow_stays_in_its_group():
     x = normal((1, 1, 4, 4, 4)).at[..., :2].mul(1e30)
     y = _layers.GroupNorm(4, 2, 1e-6)(x)
-    due = torch.nn.functional.group_norm(to_torch(x[..., 2:]), 1, eps=1e-6)
+    due = torch.nn.functional.group_norm(exact(x[..., 2:]), 1, eps=1e-6)
     assert distance(y[..., 2:], from_torch(due)) < 1e-6
 
 
@@ -215,9 +220,9 @@ def test_resampling(frames, compress_time):
         (_layers.Upsample(4, compress_time, key=KEY), CogVideoXUpsample3D),
     ):
         padding = {"padding": 0} if model is CogVideoXDownsample3D else {"padding": 1}
-        module = model(4, 4, compress_time=compress_time, **padding)
+        module = model(4, 4, compress_time=compress_time, **padding).double()
         copy(module.conv, ours.conv)
-        assert distance(ours(x), from_torch(module(to_torch(x)))) < 1e-6
+        assert distance(ours(x), from_torch(module(exact(x)))) < 1e-6
 
 
 def test_a_resnet_block_with_spatial_norms_asks_for_latents():

@@ -34,9 +34,9 @@ def around(sizes):
 
 
 def convolved_by_torch(x, kernel, geometry):
-    """The same by torch, back in our layout, and the tensors that gradients are asked of."""
-    x, kernel = to_torch(x).clone().requires_grad_(), np.asarray(kernel).transpose(4, 3, 0, 1, 2)
-    kernel = torch.from_numpy(kernel.copy()).requires_grad_()
+    """The same by torch in float64, and the tensors that gradients are asked of."""
+    x, kernel = to_torch(x).double().requires_grad_(), np.asarray(kernel).transpose(4, 3, 0, 1, 2)
+    kernel = torch.from_numpy(kernel.astype(np.float64)).requires_grad_()
     seen = x.repeat_interleave(2, 3).repeat_interleave(2, 4) if geometry.doubles else x
     (above, below), (left, right) = geometry.pads
     seen = torch.nn.functional.pad(seen, (left, right, above, below))
