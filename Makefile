@@ -37,7 +37,7 @@ test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS)
 
 test-full: .venv/.test
-	$(BIN)/python -m pytest -m full $(ARGS)
+	$(BIN)/python -m pytest -m full --timeout 7200 $(ARGS)
 
 coverage: .venv/.test
 	rm -rf build/coverage
