@@ -81,6 +81,7 @@ def main() -> None:
 def _row(direction: str, count: int, chip: Chip, options: argparse.Namespace) -> None:
     from cycles import cycles
     from hlo import exchanges
+    from tpu_compile import sizes
 
     begun = time.perf_counter()
     mesh, program = _compiled(direction, count, chip, options)
@@ -106,19 +107,12 @@ def _row(direction: str, count: int, chip: Chip, options: argparse.Namespace) ->
         f"{compute * 1e3:.1f} ms",
         f"{exchange * 1e3:.2f} ms",
         f"{one / count / (compute + exchange):.1%}",
-        "" if options.topology == "cpu" else f"{_peak(program) / 2**30:.2f} GiB",
+        "" if options.topology == "cpu" else f"{sizes(program)[0] / 2**30:.2f} GiB",
         f"{time.perf_counter() - begun:.0f} s",
     ]
     print(f"| {direction} | {count} | {shape} | {' | '.join(cells)} |", flush=True)
     for each in sorted(found, key=lambda e: e.times * e.sent, reverse=True)[: options.details]:
         print(f"    {each.times} x {each.sent / 1e3:.0f} kB: {each.line[:300]}", flush=True)
-
-
-def _peak(program: Any) -> int:
-    """Returns the bytes that one device holds, which are a chip's if it is compiled for."""
-    memory = program.memory_analysis()
-    made = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return made + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def _compiled(

@@ -97,18 +97,22 @@ def _row(name: str, lowered: jax.stages.Lowered, begun: float) -> None:
         print(f"| {name} | does not fit | | | | | | |", flush=True)
     else:
         seconds = time.perf_counter() - begun
-        memory: Any = program.memory_analysis()
-        parts = [
-            memory.argument_size_in_bytes,
-            memory.temp_size_in_bytes,
-            memory.output_size_in_bytes,
-            memory.alias_size_in_bytes,
-        ]
-        sizes = [sum(parts[:3]) - parts[3], *parts]
-        figures = " | ".join(f"{size / GIB:.2f} GiB" for size in sizes)
+        figures = " | ".join(f"{size / GIB:.2f} GiB" for size in sizes(program))
         expected = cycles(program.as_text() or "")
         noted = f"{expected:.2e}" if expected else ""
         print(f"| {name} | {figures} | {noted} | {seconds:.0f} s |", flush=True)
+
+
+def sizes(program: Any) -> list[int]:
+    """Returns the bytes of a device: peak, arguments, temporaries, outputs, shared."""
+    memory = program.memory_analysis()
+    parts = [
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+    ]
+    return [sum(parts[:3]) - parts[3], *parts]
 
 
 def placed(x: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

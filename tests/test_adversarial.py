@@ -66,14 +66,6 @@ def flat(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array))])
 
 
-def begun(trainer, vae, discriminator):
-    """The state before the first step, tied to its device as one from a file is.
-
-    JAX has another program for arrays that are tied to none, which it would compile as well.
-    """
-    return jax.device_put(trainer.init(vae, discriminator), jax.devices()[0])
-
-
 def in_order(discriminator):
     """The weights of a discriminator, layer by layer, as torch has them."""
     layers = zip(discriminator.convs, (None, *discriminator.norms, None), strict=True)
@@ -148,7 +140,7 @@ def test_two_hundred_steps_stay_finite_and_reduce_the_loss(trainer, discriminato
     """The first of them without the discriminator, which does not move until it is asked."""
     vae = cv.VAE(SHALLOW, key=jax.random.key(0))
     clips = np.concatenate([video.procedural_clip(5, 8, 8, seed=i) for i in range(SMALL[0])])
-    state, metrics = begun(trainer, vae, discriminator), []
+    state, metrics = trainer.init(vae, discriminator), []
     for step in range(200):
         state, each = trainer.step(state, clips, jax.random.key(0))
         metrics.append(jax.device_get(each))
@@ -177,8 +169,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(trainer, discriminato
             losses.append(jax.device_get(metrics))
         return state, losses
 
-    whole, losses = run(begun(trainer, vae, discriminator), START + 4)
-    part, before = run(begun(trainer, vae, discriminator), START + 2)
+    whole, losses = run(trainer.init(vae, discriminator), START + 4)
+    part, before = run(trainer.init(vae, discriminator), START + 2)
     training.save_state(tmp_path / "state", part)
     del part
     like = trainer.init(vae, training.Discriminator(width=4, levels=2, key=jax.random.key(7)))

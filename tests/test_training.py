@@ -51,14 +51,6 @@ def flat(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array))])
 
 
-def begun(trainer, vae):
-    """The state before the first step, tied to its device as one from a file is.
-
-    JAX has another program for arrays that are tied to none, which it would compile as well.
-    """
-    return jax.device_put(trainer.init(vae), jax.devices()[0])
-
-
 def changed(before, after):
     """Names of the tensors that differ."""
     names = jax.tree.leaves(tensor_names(before))
@@ -130,7 +122,7 @@ def test_what_is_no_loss_of_ones_own(vae, clips, unchecked):
 def test_a_step_is_that_of_the_optimiser(vae, clips, pixels, trainer):
     """Of clips in uint8, which are scaled on the device."""
     key = jax.random.key(3)
-    state = begun(trainer, vae)
+    state = trainer.init(vae)
     after, metrics = trainer.step(state, pixels, key)
     # The state is given away, and the model is not.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.optimiser))
@@ -158,7 +150,7 @@ def test_a_step_is_that_of_the_optimiser(vae, clips, pixels, trainer):
 def test_training_reduces_the_loss(vae, trainer):
     clips = [video.procedural_clip(5, 16, 16, seed=i) for i in range(4)]
     clips = to_pixels(np.concatenate(clips))
-    state, losses = begun(trainer, vae), []
+    state, losses = trainer.init(vae), []
     for _ in range(12):
         state, metrics = trainer.step(state, clips, jax.random.key(0))
         losses.append(float(metrics["l1"]))
@@ -285,8 +277,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_losses(vae, trainer, tmp_pat
             losses.append(float(metrics["loss"]))
         return state, losses
 
-    whole, losses = run(begun(trainer, vae), 6)
-    part, before = run(begun(trainer, vae), 3)
+    whole, losses = run(trainer.init(vae), 6)
+    part, before = run(trainer.init(vae), 3)
     training.save_state(tmp_path / "state", part)
     del part
     fresh = trainer.init(vae)
