@@ -1,7 +1,6 @@
 """Strict JAX, cached compilation, how processes share the tests, and what CI does not skip."""
 
 import gc
-import itertools
 import os
 from pathlib import Path
 
@@ -9,18 +8,15 @@ from pathlib import Path
 # this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import equinox as eqx
 import hypothesis
 import jax
 import jaxtyping
 import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
+from programs import forget_if_many
 
 pytest_plugins = ["compile_times"]
 ROOT = Path(__file__).resolve().parents[1]
-_MAPS = Path("/proc/self/maps")
-_MANY_MAPS = 25_000
-_tests = itertools.count(1)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -73,19 +69,8 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(autouse=True)
 def _few_programs():
-    """Forgets compiled programs before there are too many.
-
-    XLA maps the kernels of a program for CPU into memory one by one, a gradient's by the
-    thousand, and Linux ends a process that asks for more than 65,530 maps. Counting them takes
-    13 ms, so every eighth test does.
-    """
     yield
-    if next(_tests) % 8 or not _MAPS.exists():
-        return
-    if _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
-        jax.clear_caches()
-        eqx.clear_caches()
-        gc.collect()
+    forget_if_many()
 
 
 @pytest.fixture

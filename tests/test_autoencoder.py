@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from programs import forget_if_many
 from reference import (
     SHALLOW,
     decode,
@@ -103,6 +104,7 @@ def test_any_configuration_agrees_at_length(data, tmp_path_factory):
     height, width = data.draw(sides(config)), data.draw(sides(config))
     seed = data.draw(st.integers(0, 1000))
     assert_agrees(config, tmp_path_factory.mktemp("vae"), frames, 2, height, width, seed)
+    forget_if_many()
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 8, 9, 12, 17])
@@ -182,6 +184,7 @@ def test_gradients_of_any_configuration_agree_at_length(
 ):
     models = pair(config, tmp_path_factory.mktemp("vae"), seed=seed)
     assert_gradients_agree(*models, normal((1, frames, side, side + 1, 3), seed))
+    forget_if_many()
 
 
 def assert_gradients_agree(vae, model, video):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from programs import forget_if_many
 from reference import normal
 
 import eqx_cogvae as cv
@@ -119,6 +120,7 @@ def test_values_of_a_local_function(shape, batch, tile, edge, sliced, order, tra
 @hypothesis.settings(max_examples=100)
 def test_values_of_a_local_function_at_length(shape, batch, tile, edge, sliced, order, traced):
     assert_local(shape, batch, tile, edge, sliced, order, traced)
+    forget_if_many()
 
 
 def assert_local(shape, batch, tile, edge, sliced, order, traced):

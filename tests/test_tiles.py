@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
+from programs import forget_if_many
 from reference import SHALLOW, decode, distance, encode, normal, pair
 
 import eqx_cogvae as cv
@@ -77,6 +78,7 @@ def test_equals_diffusers(axes, grid, models):
 @settings(max_examples=60)
 def test_equals_diffusers_at_length(axes, grid, models):
     assert_tiles_agree(models, axes, grid)
+    forget_if_many()
 
 
 def test_the_default_tiles_are_right_in_diffusers():
@@ -142,6 +144,7 @@ def test_local_functions_come_back_whole(size, overlap, grid, edges):
 @settings(max_examples=60)
 def test_local_functions_come_back_whole_at_length(size, overlap, grid, edges):
     assert_local_functions_come_back_whole(size, overlap, grid, edges)
+    forget_if_many()
 
 
 def assert_local_functions_come_back_whole(size, overlap, grid, edges):
