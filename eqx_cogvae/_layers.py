@@ -21,6 +21,7 @@ from ._lowering import (
     causal_conv,
     frame_by_frame,
     frame_conv,
+    moments,
     nearest,
     offers,
     pointwise_conv,
@@ -149,39 +150,10 @@ class GroupNorm(eqx.Module):
     @named_scope("eqx_cogvae.GroupNorm")
     def affine(self, x: Float[Array, "b t h w c"]) -> Affine:
         """Computes the affine map that normalises `x`."""
-        mean, variance = _moments(at_least_float32(x), self.groups)
+        mean, variance = moments(at_least_float32(x), self.groups)
         weight, bias = self.weight.astype(mean.dtype), self.bias.astype(mean.dtype)
         scale = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
         return Affine(mean, scale, _channels(bias))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _moments(x: Array, groups: int) -> tuple[Array, Array]:
-    """Returns mean and variance of each channel's group, over all frames and pixels."""
-    mean = _mean(x, groups)
-    return mean, _mean(jnp.square(x - mean), groups)
-
-
-@_moments.defjvp
-def _moments_jvp(groups, primals, tangents):
-    # The variance's derivative with respect to the mean is zero. JAX's own rule would sum over all
-    # pixels to find that.
-    (x,), (x_tangent,) = primals, tangents
-    mean, variance = _moments(x, groups)
-    return (mean, variance), (_mean(x_tangent, groups), 2 * _mean((x - mean) * x_tangent, groups))
-
-
-def _mean(x: Array, groups: int) -> Array:
-    """Returns the mean of each channel's group, over all frames and pixels."""
-    # Rows are averaged first: one float32 sum over millions of pixels loses digits and takes twice
-    # as long. Groups are formed last: splitting the channels of a large array copies it.
-    by_channel = jnp.mean(jnp.mean(x, axis=3, keepdims=True), axis=(1, 2))
-    by_group = jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2)
-    # A masked sum gives each channel its group's mean. Some compilers would fuse `jnp.repeat` into
-    # the reader as a gather for every pixel.
-    mask = np.repeat(np.eye(groups, dtype=bool), x.shape[4] // groups, axis=1)
-    mean = jnp.sum(jnp.where(mask[None], by_group[:, :, None], 0), axis=1)
-    return mean[:, None, None, None]
 
 
 class SpatialNorm(eqx.Module):

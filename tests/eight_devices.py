@@ -235,6 +235,16 @@ def test_gradients_of_a_norm_gather_nothing():
     check(gradients(cut).lower(on_mesh).compile(), (on_mesh,), due)
 
 
+def test_moments_of_all_devices_are_exchanged_at_once():
+    norm, mesh = _layers.GroupNorm(8, 4, 1e-6), mesh_of((2, 2, 2))
+    x = normal((2, 3, 16, 24, 8))
+    cut = cv.sharded(lambda x: norm(x), mesh, **AXES)
+    program = eqx.filter_jit(cut).lower(cut._placed(x)).compile()
+    check(program, (cut._placed(x),), norm(x))
+    exchanges = re.findall(r" (all-[a-z]+|collective-[a-z]+)\(", program.compiled.as_text())
+    assert exchanges == ["all-reduce"]
+
+
 @pytest.mark.parametrize(
     ("platform", "sizes", "large"),
     [

@@ -2,7 +2,7 @@
 
 - `conv`: convolutions as JAX primitives; `frames`, `tpu`, `cpu`, `winograd`: their lowerings.
 - `choose`: which lowering, and which chunks, for which sizes.
-- `affine`: the map that a norm applies.
+- `moments`: what a group norm divides by; `affine`: the map that a norm applies.
 - `chunked`, `blocks`: a norm, an activation and a convolution on large arrays, chunk by chunk.
 """
 
@@ -22,3 +22,4 @@ from .conv import (
     pointwise_conv as pointwise_conv,
     valid_conv as valid_conv,
 )
+from .moments import moments as moments

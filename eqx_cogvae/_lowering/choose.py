@@ -200,6 +200,16 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     return found if found >= max(margin, limits.band_min_rows) else 0
 
 
+def parts(x: Sequence[Any], hints: Hints = Hints()) -> tuple[int, int]:
+    """Returns how many rows and columns of parts the moments of `x`, `(b, t, h, w, c)`, come from.
+
+    They are the devices' parts of the frames, or `(1, 1)`, the whole.
+    """
+    _, height, width = hints.split
+    divide = _known(x) and x[2] % height == 0 and x[3] % width == 0
+    return (height, width) if divide else (1, 1)
+
+
 def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:
     """Returns True if a loop over the frames of `x` pins them to row-major layout.
 
@@ -235,6 +245,7 @@ __all__ = [
     "current_hints",
     "in_chunks",
     "lowering",
+    "parts",
     "pins_layout",
     "thresholds",
     "using",
