@@ -118,8 +118,8 @@ assert sorted(np.unique(owner)) == list(range(8))
 # ## What moves between devices
 #
 # XLA's partitioner inserts the communication. A convolution needs rows and columns from across a
-# border; they come from the neighbour in a *collective-permute*. A norm needs sums over all
-# devices; an *all-reduce* adds them. Only an *all-gather* would bring a whole frame to one
+# border; they come from the neighbour in a *collective-permute*. A norm needs the moments of all
+# parts of a frame; an *all-reduce* shares them. Only an *all-gather* would bring a whole frame to one
 # device. The table counts them in the compiled program, with the bytes that arrive at each
 # device.
 
@@ -158,7 +158,7 @@ assert largest < part / 2
 assert (
     lines["collective-permute"] and not lines["all-gather"] and not lines["all-to-all"]
 )
-# Norms are summed, and nothing else.
+# Moments of norms are summed, and nothing else.
 assert lines["all-reduce"] and all(
     "GroupNorm/reduce_sum" in line for line in lines["all-reduce"]
 )
