@@ -112,7 +112,7 @@ def test_steps_are_exact_and_gather_nothing(what, name, vae):
 
 # Sizes at which every convolution has fewer multiplications, and every array is chunked.
 WINOGRAD = Thresholds(winograd_min_channels=1, winograd_min_pixels=0, winograd_min_work=0)
-CHUNKED = Thresholds(chunk_elements=1, split_chunk_elements=1, huge_frame_pixels=1)
+CHUNKED = Thresholds(chunk_elements=1, band_elements=1, split_chunk_elements=1, huge_frame_pixels=1)
 
 
 def test_wide_convolutions_gather_nothing():

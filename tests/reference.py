@@ -64,14 +64,14 @@ def from_torch(x):
 def encode(model, video):
     """The means and log variances of diffusers."""
     with torch.no_grad():
-        posterior = model.encode(to_torch(video)).latent_dist
+        posterior = model.encode(to_torch(video).to(model.dtype)).latent_dist
     return from_torch(posterior.mean), from_torch(posterior.logvar)
 
 
 def decode(model, latents):
     """diffusers' decoded video."""
     with torch.no_grad():
-        return from_torch(model.decode(to_torch(latents)).sample)
+        return from_torch(model.decode(to_torch(latents).to(model.dtype)).sample)
 
 
 def quietly(fn, *args):

@@ -51,8 +51,14 @@ def sides(config):
     return st.integers(2 * config.spatial_compression, 5 * config.spatial_compression + 1)
 
 
-def assert_agrees(config, path, frames, batch, height, width, seed):
+def exact_pair(config, path, seed):
+    """With diffusers in float64: where groups are of few numbers, in float32 it is 8e-6 off."""
     vae, model = pair(config, path, seed=seed)
+    return vae, model.double()
+
+
+def assert_agrees(config, path, frames, batch, height, width, seed):
+    vae, model = exact_pair(config, path, seed)
     video = normal((batch, frames, height, width, 3), seed)
     posterior = quietly(vae.encode, video)
     mean, logvar = encode(model, video)
@@ -172,7 +178,7 @@ def test_gradients_of_any_configuration_agree(
         norm_num_groups=2,
         latent_channels=3,
     )
-    models = pair(config, tmp_path, seed=frames)
+    models = exact_pair(config, tmp_path, frames)
     assert_gradients_agree(*models, normal((1, frames, side, side + 1, 3), frames))
 
 
@@ -182,7 +188,7 @@ def test_gradients_of_any_configuration_agree(
 def test_gradients_of_any_configuration_agree_at_length(
     config, frames, side, seed, tmp_path_factory
 ):
-    models = pair(config, tmp_path_factory.mktemp("vae"), seed=seed)
+    models = exact_pair(config, tmp_path_factory.mktemp("vae"), seed)
     assert_gradients_agree(*models, normal((1, frames, side, side + 1, 3), seed))
     forget_if_many()
 
@@ -199,9 +205,9 @@ def assert_gradients_agree(vae, model, video):
         return jnp.mean(weight * vae.decode(posterior.mean)) + jnp.mean(posterior.logvar**2)
 
     ours, ours_video = gradients((vae, video))
-    theirs_video = to_torch(video).requires_grad_()
+    theirs_video = to_torch(video).to(model.dtype).requires_grad_()
     posterior = model.encode(theirs_video).latent_dist
-    loss = (to_torch(weight) * model.decode(posterior.mean).sample).mean()
+    loss = (to_torch(weight).to(model.dtype) * model.decode(posterior.mean).sample).mean()
     loss = loss + (posterior.logvar**2).mean()
     loss.backward()
     assert distance(ours_video, from_torch(theirs_video.grad)) < 1e-4
@@ -317,8 +323,8 @@ def at_once(shallow_vae):
 def test_large_videos_in_chunks(split, platform, shallow_vae, at_once):
     """In bands of rows, or frame by frame where devices hold rows: the same, gradients too."""
     vae = shallow_vae
-    sizes = {"chunk_elements": 1, "split_chunk_elements": 1, "huge_frame_pixels": 1}
-    limits = Thresholds(**sizes, product_min_channels=1)
+    names = ("chunk_elements", "split_chunk_elements", "band_elements", "huge_frame_pixels")
+    limits = Thresholds(**dict.fromkeys(names, 1), product_min_channels=1)
     with choose.using(choose.Hints(split, limits, platform)):
         latents = normal((1, 3, 16, 16, 3), 1)
         assert "while" in eqx.filter_jit(lambda z: vae.decoder(z)).lower(latents).as_text()

@@ -18,7 +18,7 @@ from eqx_cogvae._lowering import choose
 from eqx_cogvae._lowering.choose import Thresholds
 
 LATENTS, VIDEO = (1, 3, 8, 8, 3), (1, 9, 16, 16, 3)
-CHUNKED = Thresholds(chunk_elements=1)
+CHUNKED = Thresholds(chunk_elements=1, band_elements=1)
 SIZES = pytest.mark.parametrize("limits", [Thresholds(), CHUNKED], ids=["small", "large"])
 
 

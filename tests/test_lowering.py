@@ -23,7 +23,7 @@ SAME = Geometry()
 STRIDED = Geometry(stride=2, pads=((0, 1), (0, 1)))
 DOUBLING = Geometry(doubles=True)
 # Sizes at which everything is chunked, or convolved by fewer multiplications.
-CHUNKED = Thresholds(chunk_elements=1)
+CHUNKED = Thresholds(chunk_elements=1, band_elements=1)
 SPLIT = Hints(Split(height=2))
 WINOGRAD = Thresholds(winograd_min_channels=1, winograd_min_pixels=0, winograd_min_work=0)
 
@@ -353,7 +353,7 @@ def test_derivatives_of_an_affine_map(means):
 
 
 def test_heights_of_bands():
-    hints = Hints(thresholds=Thresholds(chunk_elements=40 * 100))
+    hints = Hints(thresholds=Thresholds(band_elements=40 * 100))
     heights = {480: 40, 100: 25, 82: 0, 62: 31, 8: 4, 6: 0}
     assert {h: choose.band_height((1, 2, h, 5, 10), 1, hints) for h in heights} == heights
     assert [choose.band_height((1, 2, 8, 5, 10), n, hints) for n in (4, 5)] == [4, 0]
@@ -362,7 +362,9 @@ def test_heights_of_bands():
 
 def test_a_devices_share_decides():
     """Clips and columns that are split leave taller bands; split rows leave single frames."""
-    limits = Thresholds(chunk_elements=40 * 100, split_chunk_elements=480 * 100)
+    limits = Thresholds(
+        chunk_elements=40 * 100, band_elements=40 * 100, split_chunk_elements=480 * 100
+    )
     hints = lambda **split: Hints(Split(**split), limits)  # noqa: E731
     x = (2, 2, 480, 5, 10)
     heights = [choose.band_height(x, 1, hints(**s)) for s in ({}, {"batch": 2}, {"width": 5})]

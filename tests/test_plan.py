@@ -164,7 +164,7 @@ def test_arithmetic_is_that_of_the_compiler(frames, vae):
     # The compiler counts sums and norms as well, which weigh in so small a model, and not what
     # is the same for copies of a frame. What meets the zeros around a frame it leaves out too.
     assert 0.8 < count / whole.lower().compile().cost_analysis()["flops"] < 1.02
-    with choose.thresholds(Thresholds(chunk_elements=1)):
+    with choose.thresholds(Thresholds(chunk_elements=1, band_elements=1)):
         in_loops = traced()
     assert "scan" in str(in_loops.jaxpr)
     assert _flops.flops(in_loops.jaxpr) == count

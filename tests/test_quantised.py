@@ -181,7 +181,7 @@ def test_tiles_of_it(small, plain):
 def test_it_runs_in_chunks(small, plain):
     """As one does that offers the kernel: a replaced layer without it would run as a whole."""
     z = normal(LATENTS)
-    with choose.thresholds(Thresholds(chunk_elements=1)):
+    with choose.thresholds(Thresholds(chunk_elements=1, band_elements=1)):
         program = eqx.filter_make_jaxpr(small.decode_step)(z)[0]
         due = eqx.filter_make_jaxpr(plain.decode_step)(z)[0]
         assert distance(small.decode_step(z)[0], plain.decode(z)) < 1e-5

@@ -27,15 +27,18 @@ class Thresholds:
     """
 
     chunk_elements: int = 2**24
-    """Arrays with at least this many elements are processed in chunks; also the largest size of a
-    band of rows. From `tpu_compile.py` and `cpu.py`."""
+    """Arrays with at least this many elements are processed in chunks. From `tpu_compile.py` and
+    `cpu.py`."""
     split_chunk_elements: int = 2**27
     """The same, for frames whose height is split. It is larger, because their chunks are single
     frames, each of which has to exchange rows. From `devices.py`."""
+    band_elements: int = 6 * 2**20
+    """Maximum elements of a band of rows. The intermediates of such a band fit the fast memory of a
+    TPU."""
     band_min_rows: int = 4
     """Minimum height of a band. With fewer rows, frames are processed one by one instead."""
     band_always_rows: int = 8
-    """Height that a band may have even if it then exceeds `chunk_elements`."""
+    """Height that a band may have even if it then exceeds `band_elements`."""
     huge_frame_pixels: int = 2**16
     """Minimum pixels of a single frame for a TPU to convolve it tap by tap, which saves memory."""
     product_max_elements: int = 2**24
@@ -194,7 +197,7 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     empty = -frames % 8 if frames > 4 else 0
     if hints.split.height > 1 or 2 * empty > frames:
         return 0
-    most = limits.chunk_elements * height // _share(x, hints)
+    most = limits.band_elements * height // _share(x, hints)
     most = min(max(most, limits.band_always_rows), height // 2)
     found = max((n for n in range(1, most + 1) if height % n == 0), default=0)
     return found if found >= max(margin, limits.band_min_rows) else 0

@@ -77,7 +77,7 @@ class Unit(NamedTuple):
             return self.residual
         if self.beside is not None:
             return self.x
-        return jnp.zeros_like(self.x, shape=(*self.x.shape[:-1], self.taps.bias.size))
+        return lax.empty((*self.x.shape[:-1], self.taps.bias.size), self.x.dtype)
 
 
 def unchunked(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
@@ -176,23 +176,28 @@ def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | N
     # Scale and shift get their rows before the loop. Inside it XLA for TPUs takes more memory.
     affine = unit.affine.with_rows(count, rows_in_all)
 
-    def normed(source: Array, cache: Array | None, start: Array) -> Array:
-        """Returns the normalised rows of a band and of those below it, with their past."""
+    def put(y: Array, part: Array, frame: int, row: Array | int) -> Array:
+        return lax.dynamic_update_slice(y, part, (0, frame, row, 0, 0))
+
+    def band(source: Array, cache: Array | None, above: Array, start: Array) -> Array:
+        """Returns the normalised rows of a band and of those around it, with their past."""
         first = jnp.minimum(start, rows_in_all - height - margin)
         now = rows(source, first, height + margin)[..., : unit.channels]
-        y = act(affine.of_rows(first, height + margin).in_cells(now)).astype(dtype)
+        now = act(affine.of_rows(first, height + margin).in_cells(now)).astype(dtype)
+        # Parts are written into one array. Concatenating them would copy each once more.
+        y = lax.empty((b, past + count, height + 2 * margin, width, unit.channels), dtype)
+        y = put(y, jnp.zeros_like(above), 0, height + margin)
+        y = put(y, now, past, margin + first - start)
         if past and cache is None:
-            y = jnp.concatenate([jnp.repeat(y[:, :1], past, axis=1), y], axis=1)
+            y = put(y, jnp.repeat(now[:, :1], past, axis=1), 0, margin + first - start)
         elif cache is not None:
-            y = jnp.concatenate([rows(cache, first, height + margin), y], axis=1)
-        y = jnp.pad(y, ((0, 0), (0, 0), (0, margin), (0, 0), (0, 0)))
-        return rows(y, start - first, height + margin)
+            y = put(y, rows(cache, first, height + margin), 0, margin + first - start)
+        return put(y, above, 0, 0)
 
     def step(carry: tuple, i: Array) -> tuple[tuple, None]:
         result, (above, cache) = carry
         start, source = i * height, unit.x if unit.beside is None else result
-        y = normed(source, None if unit.cache is None else cache, start)
-        y = jnp.concatenate([above, y], axis=2)
+        y = band(source, None if unit.cache is None else cache, above, start)
         above = y[:, :, height : height + margin]
         if past:
             last = y[:, -past:, margin : margin + height]
@@ -202,11 +207,11 @@ def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | N
         y = unit.joined(y, rows(source, start, height), residual)
         return (lax.dynamic_update_slice_in_dim(result, y, start, axis=2), (above, cache)), None
 
-    def empty(frames: int, height: int) -> Array:
-        return jnp.zeros((b, frames, height, width, unit.channels), dtype)
-
-    cache = empty(past, rows_in_all) if unit.cache is None and past else unit.cache
-    carry = _carry(unit.output_buffer(), (empty(past + count, margin), cache), unit.x)
+    above = jnp.zeros((b, past + count, margin, width, unit.channels), dtype)
+    cache = unit.cache
+    if past and cache is None:
+        cache = lax.empty((b, past, rows_in_all, width, unit.channels), dtype)
+    carry = _carry(unit.output_buffer(), (above, cache), unit.x)
     index = jnp.arange(rows_in_all // height, dtype=jnp.int32)
     (result, (_, cache)), _ = lax.scan(step, carry, index)
     return lax.optimization_barrier((result, cache))
