@@ -124,6 +124,14 @@ MUTANTS = (
         "test_spatial_norm",
     ),
     Mutant(
+        "below the last band are rows of the frame, not zeros",
+        "_lowering/chunked.py",
+        "y = put(y, jnp.zeros_like(above), 0, height + margin)",
+        "y = put(y, jnp.ones_like(above), 0, height + margin)",
+        "test_lowering",
+        "chunk or band",
+    ),
+    Mutant(
         "moments are of the first frame alone",
         "_lowering/moments.py",
         "jnp.mean(jnp.mean(x, axis=width",
@@ -144,8 +152,8 @@ MUTANTS = (
         "_lowering/moments.py",
         "parts != (1, 1)",
         "False",
-        "test_sharding",
-        "test_on_eight_devices",
+        "eight_devices",
+        "moments_of_all_devices",
     ),
     Mutant(
         "the first of an odd number of frames is no exception",
