@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
 BIN := .venv/bin
 PINS := -c constraints.txt --build-constraint constraints.txt
+# Python compiles what is imported. Compiling all files of all packages takes half a minute.
+INSTALL := $(BIN)/python -m pip install --no-compile
 TESTED := '.[diffusers,video,train,ray]' --group test
 NOTEBOOKS := $(patsubst notebooks/%.py,build/notebooks/%.ipynb,$(wildcard notebooks/*.py))
 
@@ -93,24 +95,24 @@ clean:
 	rm -rf build site .venv .jax_cache .hypothesis .pytest_cache .ruff_cache
 
 .venv/.demo: .venv/.pip
-	$(BIN)/python -m pip install $(PINS) -e '.[video]'
+	$(INSTALL) $(PINS) -e '.[video]'
 	touch $@
 
 .venv/.test: .venv/.pip
-	$(BIN)/python -m pip install $(PINS) -e $(TESTED)
+	$(INSTALL) $(PINS) -e $(TESTED)
 	touch $@
 
 # What pyright reads the types of is installed too: the check of the site imports Playwright.
 .venv/.lint: .venv/.pip
-	$(BIN)/python -m pip install $(PINS) -e $(TESTED) --group docs --group dev
+	$(INSTALL) $(PINS) -e $(TESTED) --group docs --group dev
 	touch $@
 
 .venv/.docs: .venv/.pip
-	$(BIN)/python -m pip install $(PINS) -e $(TESTED) --group docs
+	$(INSTALL) $(PINS) -e $(TESTED) --group docs
 	touch $@
 
 # An older pip knows neither --group nor --build-constraint.
 .venv/.pip: pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --upgrade -c constraints.txt pip
+	$(INSTALL) --upgrade -c constraints.txt pip
 	touch $@
