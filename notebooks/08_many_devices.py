@@ -119,9 +119,9 @@ assert sorted(np.unique(owner)) == list(range(8))
 #
 # XLA's partitioner inserts the communication. A convolution needs rows and columns from across a
 # border; they come from the neighbour in a *collective-permute*. A norm needs the moments of all
-# parts of a frame; an *all-reduce* shares them. Only an *all-gather* would bring a whole frame to one
-# device. The table counts them in the compiled program, with the bytes that arrive at each
-# device.
+# parts of a frame; an *all-reduce* shares them. Only an *all-gather* would bring a whole frame
+# to one device. The table counts them in the compiled program, with the bytes that arrive at
+# each device.
 
 # %%
 KINDS = ("collective-permute", "all-reduce", "all-gather", "all-to-all")
@@ -303,7 +303,7 @@ assert not np.array_equal(copies[0], vae.decoder.conv_out.conv.weight)
 #
 # - Sharding is exact up to rounding, and the memory of each device falls with the number of
 #   devices.
-# - Devices exchange borders of activations and sums of norms. No activation is gathered on one
+# - Devices exchange borders of activations and moments of norms. No activation is gathered on one
 #   device.
 # - The layers do not know of it. It is a transform, and it nests in the others.
 # - A mesh given to a `Trainer` splits the batch instead.

@@ -138,7 +138,7 @@ def cuts() -> str:
     columns = (
         ("tiled", "decoded apart, blended:", "an approximation"),
         ("bands of rows", "one band after the other,", "statistics of the whole: exact"),
-        ("sharded", "one part for each device,", "rims and sums exchanged: exact"),
+        ("sharded", "one part for each device,", "rims and moments exchanged: exact"),
     )
     for i, (name, one, two) in enumerate(columns):
         x = 20 + 240 * i

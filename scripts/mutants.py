@@ -124,10 +124,10 @@ MUTANTS = (
         "test_spatial_norm",
     ),
     Mutant(
-        "below the last band are rows of the frame, not zeros",
+        "below the last band is what was in memory",
         "_lowering/chunked.py",
         "y = put(y, jnp.zeros_like(above), 0, height + margin)",
-        "y = put(y, jnp.ones_like(above), 0, height + margin)",
+        "",
         "test_lowering",
         "chunk or band",
     ),
@@ -140,7 +140,7 @@ MUTANTS = (
         "group_norm_is_as_exact",
     ),
     Mutant(
-        "parts of frames share a variance, not a mean",
+        "the means of parts do not add to the variance",
         "_lowering/moments.py",
         "variances + jnp.square(means - mean)",
         "variances",

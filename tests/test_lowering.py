@@ -423,6 +423,13 @@ UNITS = [
 ]
 
 
+@pytest.fixture
+def memory_as_it_was(monkeypatch):
+    """On a CPU `lax.empty` makes zeros; elsewhere it is whatever the memory held."""
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+
+
+@pytest.mark.usefixtures("memory_as_it_was")
 @pytest.mark.parametrize("unit", UNITS, ids=str)
 def test_chunks_are_the_whole(unit):
     """Frame by frame, and in bands: the first, those with rows above and below, and the last."""
@@ -432,6 +439,7 @@ def test_chunks_are_the_whole(unit):
     close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
 
 
+@pytest.mark.usefixtures("memory_as_it_was")
 @pytest.mark.parametrize(
     "sizes",
     [(1, 3, 3), (3, 1, 1), (3, 9, 3), pytest.param((2, 5, 3), marks=pytest.mark.full)],
@@ -441,6 +449,17 @@ def test_bands_of_other_kernels(sizes):
     unit = a_unit((7, 3), 3, False, "beside", sizes)
     due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
     close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_chunks_where_integers_have_64_bits(dtype):
+    with jax.enable_x64(True):
+        unit = a_unit((12, 5), 3, True, None, dtype=dtype)
+        due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
+        for run in (chunked.by_frames, functools.partial(chunked.by_bands, height=8)):
+            got = jax.jit(lambda unit, run=run: run(jax.nn.silu, unit=unit))(unit)
+            assert all(y.dtype == dtype for y in got)
+            close(got, due)
 
 
 def test_chunks_in_half_precision():

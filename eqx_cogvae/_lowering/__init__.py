@@ -2,7 +2,8 @@
 
 - `conv`: convolutions as JAX primitives; `frames`, `tpu`, `cpu`, `winograd`: their lowerings.
 - `choose`: which lowering, and which chunks, for which sizes.
-- `moments`: what a group norm divides by; `affine`: the map that a norm applies.
+- `moments`: the mean and the variance that a group norm needs.
+- `affine`: the map that a norm applies.
 - `chunked`, `blocks`: a norm, an activation and a convolution on large arrays, chunk by chunk.
 """
 

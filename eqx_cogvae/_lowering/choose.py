@@ -33,8 +33,8 @@ class Thresholds:
     """The same, for frames whose height is split. It is larger, because their chunks are single
     frames, each of which has to exchange rows. From `devices.py`."""
     band_elements: int = 6 * 2**20
-    """Maximum elements of a band of rows. The intermediates of such a band fit the fast memory of a
-    TPU."""
+    """Maximum elements of a band of rows, whose intermediates then fit the fast memory of a TPU.
+    From `tpu_compile.py`."""
     band_min_rows: int = 4
     """Minimum height of a band. With fewer rows, frames are processed one by one instead."""
     band_always_rows: int = 8
@@ -204,9 +204,10 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
 
 
 def parts(x: Sequence[Any], hints: Hints = Hints()) -> tuple[int, int]:
-    """Returns how many rows and columns of parts the moments of `x`, `(b, t, h, w, c)`, come from.
+    """Returns the rows and columns of parts that the moments of `x` are computed in.
 
-    They are the devices' parts of the frames, or `(1, 1)`, the whole.
+    They are the devices' parts of the frames, or `(1, 1)` if sizes are symbolic or do not divide.
+    `x` is the shape `(b, t, h, w, c)`.
     """
     _, height, width = hints.split
     divide = _known(x) and x[2] % height == 0 and x[3] % width == 0

@@ -138,7 +138,7 @@ def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
 
     index = jnp.arange(count, dtype=jnp.int32)
     buffer = unit._replace(x=x).output_buffer()
-    (result, _), _ = lax.scan(step, _carry(buffer, past, x), index)
+    (result, _), _ = lax.scan(step, _carry(buffer, past, unit), index)
     return lax.optimization_barrier((result, cache))
 
 
@@ -177,7 +177,8 @@ def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | N
     affine = unit.affine.with_rows(count, rows_in_all)
 
     def put(y: Array, part: Array, frame: int, row: Array | int) -> Array:
-        return lax.dynamic_update_slice(y, part, (0, frame, row, 0, 0))
+        start = [jnp.asarray(n, jnp.int32) for n in (0, frame, row, 0, 0)]
+        return lax.dynamic_update_slice(y, part, start)
 
     def band(source: Array, cache: Array | None, above: Array, start: Array) -> Array:
         """Returns the normalised rows of a band and of those around it, with their past."""
@@ -211,16 +212,17 @@ def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | N
     cache = unit.cache
     if past and cache is None:
         cache = lax.empty((b, past, rows_in_all, width, unit.channels), dtype)
-    carry = _carry(unit.output_buffer(), (above, cache), unit.x)
+    carry = _carry(unit.output_buffer(), (above, cache), unit)
     index = jnp.arange(rows_in_all // height, dtype=jnp.int32)
     (result, (_, cache)), _ = lax.scan(step, carry, index)
     return lax.optimization_barrier((result, cache))
 
 
-def _carry(result: Array, rest: Any, x: Array) -> tuple[Array, Any]:
+def _carry(result: Array, rest: Any, unit: Unit) -> tuple[Array, Any]:
     """Returns a loop's carry; within `jax.shard_map` its type is that of every later step."""
     leaves, structure = jax.tree.flatten((result, rest))
-    return jax.tree.unflatten(structure, varying_as(*leaves, x)[:-1])
+    together = varying_as(*leaves, *jax.tree.leaves(unit))
+    return jax.tree.unflatten(structure, together[: len(leaves)])
 
 
 def frame_by_frame(

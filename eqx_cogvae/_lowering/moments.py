@@ -38,11 +38,11 @@ def _mean(x: Array, groups: int) -> Array:
     """Returns the mean of each channel's group, over all frames and pixels."""
     by_channel = _over_pixels(x, height=2, width=3)
     # Groups are formed last: splitting the channels of a large array copies it.
-    return _by_channel(jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2), x.shape[4])
+    return _spread(jnp.mean(by_channel.reshape(x.shape[0], groups, -1), axis=2), x.shape[4])
 
 
 def _of_parts(x: Array, groups: int, rows: int, columns: int) -> tuple[Array, Array]:
-    """Returns the moments of frames that are cut into `rows` x `columns` parts, one for a device.
+    """Returns the moments of frames that are cut into `rows` x `columns` parts, one a device.
 
     Each device computes the moments of its part, and all receive those of all parts. That is one
     exchange. Mean and variance of whole frames would take two each: XLA sums over the rows of
@@ -54,7 +54,7 @@ def _of_parts(x: Array, groups: int, rows: int, columns: int) -> tuple[Array, Ar
     away = x - mean[:, None, :, None, :, None]
     variance = _over_pixels(jnp.square(away), height=3, width=5)
     own = jnp.stack([mean, variance]).reshape(2, b, parts, c)
-    # A sum in which every part has a place of its own.
+    # In this sum every part has a place of its own.
     mask = np.eye(parts, dtype=bool)[:, :, None]
     means, variances = jnp.sum(jnp.where(mask, own[:, :, None], 0), axis=3).reshape(
         2, b, parts, groups, c // groups
@@ -62,7 +62,7 @@ def _of_parts(x: Array, groups: int, rows: int, columns: int) -> tuple[Array, Ar
     # The parts are of one size, and so are the groups.
     mean = jnp.mean(means, axis=(1, 3), keepdims=True)
     variance = jnp.mean(variances + jnp.square(means - mean), axis=(1, 3))
-    return _by_channel(mean[:, 0, :, 0], c), _by_channel(variance, c)
+    return _spread(mean[:, 0, :, 0], c), _spread(variance, c)
 
 
 def _over_pixels(x: Array, height: int, width: int) -> Array:
@@ -72,14 +72,14 @@ def _over_pixels(x: Array, height: int, width: int) -> Array:
     return jnp.mean(jnp.mean(x, axis=width), axis=(1, height))
 
 
-def _by_channel(by_group: Float[Array, "b g"], channels: int) -> Float[Array, "b 1 1 1 c"]:
+def _spread(by_group: Float[Array, "b g"], channels: int) -> Float[Array, "b 1 1 1 c"]:
     """Returns each channel's value of its group."""
-    # A masked sum: some compilers would fuse `jnp.repeat` into the reader as a gather for every
-    # pixel.
+    # A masked sum gives each channel its group's value. Some compilers would fuse `jnp.repeat` into
+    # the reader as a gather for every pixel.
     groups = by_group.shape[1]
     mask = np.repeat(np.eye(groups, dtype=bool), channels // groups, axis=1)
-    spread = jnp.sum(jnp.where(mask, by_group[:, :, None], 0), axis=1)
-    return spread[:, None, None, None]
+    values = jnp.sum(jnp.where(mask, by_group[:, :, None], 0), axis=1)
+    return values[:, None, None, None]
 
 
 __all__ = ["moments"]
