@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reference import distance, normal, thinned
 
 import eqx_cogvae as cv
-from eqx_cogvae import _layers, _meshes, training
+from eqx_cogvae import _layers, _meshes, _resnet, training
 from eqx_cogvae._lowering import choose
 from eqx_cogvae._lowering.choose import Thresholds
 from eqx_cogvae.training import _trainer
@@ -245,6 +245,25 @@ def test_moments_of_all_devices_are_exchanged_at_once():
     assert exchanges == ["all-reduce"]
 
 
+@pytest.mark.parametrize("frames", [3, 5])
+def test_chunks_exchange_their_edges_before_the_loop(frames):
+    """In bands and frame by frame: four exchanges for each convolution, and one for each norm."""
+    options = {"groups": 4, "eps": 1e-6, "act_fn": "silu", "latents": 3, "pad_mode": "first"}
+    block = _resnet.ResnetBlock(8, 8, **options, key=jax.random.key(0))
+    x, z, mesh = normal((4, frames, 16, 24, 8)), normal((4, 3, 4, 6, 3), 1), mesh_of((2, 2, 2))
+    cut = cv.sharded(lambda x, z, cache: block(x, cache, latents=z), mesh, **AXES)
+    due, cache = block(x, latents=z)
+    on_mesh = cut._placed((x, z, cache))
+    with choose.thresholds(CHUNKED):
+        program = eqx.filter_jit(cut).lower(*on_mesh).compile()
+    check(program, on_mesh, block(x, cache, latents=z))
+    *loops, outside = program.compiled.as_text().split("ENTRY ")
+    pattern = r" (all-[a-z]+|collective-[a-z]+)\("
+    assert re.findall(pattern, "".join(loops)) == []
+    found = re.findall(pattern, outside)
+    assert sorted(found) == ["all-reduce"] * 2 + ["collective-permute"] * 8
+
+
 @pytest.mark.parametrize(
     ("platform", "sizes", "large"),
     [
@@ -255,11 +274,7 @@ def test_moments_of_all_devices_are_exchanged_at_once():
     ],
 )
 def test_other_platforms_lowering(platform, sizes, large, vae):
-    """What GPU and TPU run: taps as channels, which XLA pads by itself, or frames one by one.
-
-    Bands of rows where columns alone are split: XLA would gather rows for them, as it would for
-    products of matrices.
-    """
+    """What GPU and TPU run: taps as channels, which XLA pads by itself, or chunks of parts."""
     mesh, latents = mesh_of(sizes), clip("decode", (2, 4, 6), 3)
     cut = cv.sharded(vae.decoder, mesh, **AXES)
     with choose.thresholds(CHUNKED if large else Thresholds()), choose.as_if_on(platform):

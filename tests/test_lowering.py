@@ -361,7 +361,7 @@ def test_heights_of_bands():
 
 
 def test_a_devices_share_decides():
-    """Clips and columns that are split leave taller bands; split rows leave single frames."""
+    """Clips and columns that are split leave taller bands, and parts of rows are as clips."""
     limits = Thresholds(
         chunk_elements=40 * 100, band_elements=40 * 100, split_chunk_elements=480 * 100
     )
@@ -369,9 +369,21 @@ def test_a_devices_share_decides():
     x = (2, 2, 480, 5, 10)
     heights = [choose.band_height(x, 1, hints(**s)) for s in ({}, {"batch": 2}, {"width": 5})]
     assert heights == [20, 40, 96]
-    assert [choose.in_chunks(x, hints(height=n)) for n in (1, 2, 3)] == [True, True, False]
-    assert [choose.in_chunks(x, hints(batch=n)) for n in (24, 25)] == [True, False]
+    assert choose.band_height((4, 2, 240, 5, 10), 1, hints(height=2).of_parts()) == 20
+    assert [choose.frame_by_frame(x, hints(height=n)) for n in (1, 2, 3)] == [True, True, False]
+    assert [choose.in_chunks(x, hints(**{axis: 24})) for axis in ("batch", "height")] == [True] * 2
+    assert [choose.in_chunks(x, hints(**{axis: 25})) for axis in ("batch", "height")] == [False] * 2
     assert Split(height=2).further(Split(batch=3)) == Split(batch=3, height=2)
+
+
+def test_parts_that_devices_hold():
+    split = Hints(Split(batch=2, height=4, width=5))
+    assert choose.parts((1, 2, 24, 5, 8), split) == (4, 5)
+    assert choose.parts((1, 2, 22, 5, 8), split) == (1, 1)
+    assert choose.parts((1, 2, 8, 5, 8), split, (5, 3)) == (4, 5)
+    assert choose.parts((1, 2, 4, 5, 8), split, (5, 3)) == (1, 1)
+    assert choose.parts((1, 2, 24, 5, 8), split, (3, 5)) == (1, 1)
+    assert choose.parts((1, 2, *jax.export.symbolic_shape("h, w"), 8), split) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -449,6 +461,37 @@ def test_bands_of_other_kernels(sizes):
     unit = a_unit((7, 3), 3, False, "beside", sizes)
     due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
     close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
+
+
+SPLITS = (Split(height=3, width=5), Split(height=2), Split(width=5))
+
+
+@pytest.mark.usefixtures("memory_as_it_was")
+@pytest.mark.parametrize(
+    ("unit", "split"),
+    [
+        pytest.param(unit, split, marks=() if i % 3 == n else pytest.mark.full)
+        for i, unit in enumerate(UNITS)
+        for n, split in enumerate(SPLITS)
+    ],
+    ids=str,
+)
+def test_chunks_of_parts_are_the_whole(unit, split):
+    """Of parts that devices would hold, each with the edges of its neighbours."""
+    unit = a_unit(*unit)
+    due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
+    with choose.using(Hints(split, CHUNKED)):
+        close(jax.jit(functools.partial(chunked.in_chunks, jax.nn.silu))(unit), due)
+
+
+@pytest.mark.usefixtures("memory_as_it_was")
+@pytest.mark.parametrize("sizes", [(1, 3, 3), (3, 1, 1), (3, 5, 3), (3, 9, 3)])
+def test_parts_with_other_kernels(sizes):
+    """Of one tap in time, of no edges, of wide ones, and of some that exceed a neighbour."""
+    unit = a_unit((7, 3), 3, False, "beside", sizes)
+    due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
+    with choose.using(Hints(Split(height=8, width=5), CHUNKED)):
+        close(jax.jit(functools.partial(chunked.in_chunks, jax.nn.silu))(unit), due)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._types import at_least_float32
@@ -47,6 +48,19 @@ class Affine(NamedTuple):
             return self
         return self._replace(
             scale=rows(self.scale, start, count), shift=rows(self.shift, start, count)
+        )
+
+    def of_pixels(self, axis: int, start: int, count: int, shape: tuple[int, ...]) -> "Affine":
+        """Returns the map of `count` rows or columns from `start` on, of an array of `shape`.
+
+        `axis` is 2 for rows and 3 for columns.
+        """
+        sources = self.scale.shape[axis]
+        if sources == 1:
+            return self
+        chosen = np.arange(start, start + count) * sources // shape[axis]
+        return self._replace(
+            scale=jnp.take(self.scale, chosen, axis), shift=jnp.take(self.shift, chosen, axis)
         )
 
     def in_cells(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
@@ -127,7 +141,7 @@ def _repeat(x: Array, size: Any, axis: int) -> Array:
     return jnp.take(x, jnp.arange(size) * x.shape[axis] // size, axis)
 
 
-def frame(x: Float[Array, "b t *rest"], i: Int[Array, ""]) -> Float[Array, "b 1 *rest"]:
+def frame(x: Float[Array, "b t *rest"], i: Int[Array, ""] | int) -> Float[Array, "b 1 *rest"]:
     """Returns frame `i`, which may be known at run time only."""
     return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
 

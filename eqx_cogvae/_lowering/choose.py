@@ -30,8 +30,8 @@ class Thresholds:
     """Arrays with at least this many elements are processed in chunks. From `tpu_compile.py` and
     `cpu.py`."""
     split_chunk_elements: int = 2**27
-    """The same, for frames whose height is split. It is larger, because their chunks are single
-    frames, each of which has to exchange rows. From `devices.py`."""
+    """The same, for frames that are resized and whose height is split. It is larger, because their
+    chunks are single frames, each of which has to exchange rows. From `devices.py`."""
     band_elements: int = 6 * 2**20
     """Maximum elements of a band of rows, whose intermediates then fit the fast memory of a TPU.
     From `tpu_compile.py`."""
@@ -71,6 +71,10 @@ class Hints:
     """Sizes that decide. Tests and tuning replace them."""
     platform: str | None = None
     """Platform whose lowerings are used, or None for the platform that is compiled for."""
+
+    def of_parts(self) -> "Hints":
+        """Returns the hints for frames' parts, one a device, that are treated as clips."""
+        return dataclasses.replace(self, split=Split(batch=self.split.devices))
 
 
 thresholds = jax.make_user_context(Thresholds())
@@ -176,17 +180,23 @@ def _suits_winograd(
 
 def in_chunks(x: Sequence[Any], hints: Hints = Hints()) -> bool:
     """Returns True if an array of shape `(b, t, ...)` is processed in chunks."""
+    return _is_large(x, hints.thresholds.chunk_elements, hints)
+
+
+def frame_by_frame(x: Sequence[Any], hints: Hints = Hints()) -> bool:
+    """Returns True if frames of shape `(b, t, ...)` are resized one by one."""
     limits = hints.thresholds
     most = limits.chunk_elements if hints.split.height == 1 else limits.split_chunk_elements
-    return _known(x) and x[1] > 1 and _share(x, hints) >= most
+    return _is_large(x, most, hints)
 
 
 def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     """Returns the height of the equal bands of rows that `x` is processed in, or 0 for none.
 
-    There are none if height is split over devices, because XLA would gather the rows. There are
-    none either if a TPU would waste more than half of the frames' memory: it pads their number to
-    a multiple of 8, or to 4. The rule is the same on every platform.
+    There are none if height is split over devices, because XLA would gather the rows; parts of such
+    frames can be clips of their own. There are none either if a TPU would waste more than half of
+    the frames' memory: it pads their number to a multiple of 8, or to 4. The rule is the same on
+    every platform.
 
     **Arguments:**
 
@@ -203,15 +213,25 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     return found if found >= max(margin, limits.band_min_rows) else 0
 
 
-def parts(x: Sequence[Any], hints: Hints = Hints()) -> tuple[int, int]:
-    """Returns the rows and columns of parts that the moments of `x` are computed in.
+def parts(
+    x: Sequence[Any], hints: Hints = Hints(), kernel: tuple[int, int] = (1, 1)
+) -> tuple[int, int]:
+    """Returns the rows and columns of equal parts that frames are divided into.
 
-    They are the devices' parts of the frames, or `(1, 1)` if sizes are symbolic or do not divide.
-    `x` is the shape `(b, t, h, w, c)`.
+    They are the devices' parts, or the whole, `(1, 1)`, if sizes are symbolic, do not divide, or
+    if a kernel reaches beyond the neighbours of a part.
+
+    **Arguments:**
+
+    - `x`: the shape `(b, t, h, w, c)`.
+    - `kernel`: height and width of the kernel that the parts are convolved with.
     """
-    _, height, width = hints.split
-    divide = _known(x) and x[2] % height == 0 and x[3] % width == 0
-    return (height, width) if divide else (1, 1)
+    found = hints.split[1:]
+    fits = (
+        _known(x) and side % number == 0 and side // number >= size // 2
+        for side, number, size in zip(x[2:4], found, kernel, strict=True)
+    )
+    return found if all(fits) else (1, 1)
 
 
 def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:
@@ -223,6 +243,10 @@ def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:
     devices, and XLA would gather it.
     """
     return _is_huge(x, hints) and x[0] == 1 and not hints.split.within_frames
+
+
+def _is_large(x: Sequence[Any], elements: int, hints: Hints) -> bool:
+    return _known(x) and x[1] > 1 and _share(x, hints) >= elements
 
 
 def _is_huge(x: Sequence[Any], hints: Hints) -> bool:
@@ -247,6 +271,7 @@ __all__ = [
     "as_if_on",
     "band_height",
     "current_hints",
+    "frame_by_frame",
     "in_chunks",
     "lowering",
     "parts",

@@ -1,8 +1,8 @@
 """Runs a norm, an activation and a convolution on large arrays in chunks.
 
 Intermediates then exist for one chunk at a time, and the result overwrites the array that it is
-added to. A chunk is a band of rows of all frames. If height is split over devices, or no band
-height divides the frame, a chunk is one frame.
+added to. A chunk is a band of rows of all frames. If no band height divides the frame, a chunk is
+one frame. If devices share frames, each runs the chunks of its part of them.
 
 Derivatives are those of the unchunked function, because differentiating the loop would keep the
 intermediates of every chunk.
@@ -22,8 +22,9 @@ from jaxtyping import Array, Float
 from .._meshes import varying_as
 from . import choose
 from .affine import Affine, frame, rows
-from .choose import Geometry, Hints
+from .choose import Geometry, Hints, Pads
 from .conv import causal_conv, pointwise_conv, valid_conv
+from .parts import Edges, Parts
 
 Activation = Callable[[Array], Array]
 
@@ -100,8 +101,58 @@ def _in_chunks(
     act = eqx.combine(static, parameters)
     # Derivatives are traced after the context that the hints came from has ended.
     with choose.using(hints):
-        height = choose.band_height(unit.x.shape, unit.taps.kernel.shape[1] // 2, hints)
-        return by_bands(act, height, unit) if height else by_frames(act, unit)
+        parts = Parts(*choose.parts(unit.x.shape, hints, unit.taps.kernel.shape[1:3]))
+        if parts.number == 1:
+            return _by_chunks(act, unit)
+        y, cache = _by_chunks_of_parts(act, unit, parts)
+        return parts.as_frames(y), None if cache is None else parts.as_frames(cache)
+
+
+def _by_chunks_of_parts(act: Activation, unit: Unit, parts: Parts) -> tuple[Array, Array | None]:
+    """Runs a unit on parts of frames, and returns what becomes of each part."""
+    clips = lambda x: None if x is None else parts.as_clips(x)  # noqa: E731
+    unit = unit._replace(
+        affine=parts.of_affine(unit.affine, unit.x.shape[1:4]),
+        x=parts.as_clips(unit.x),
+        cache=clips(unit.cache),
+        residual=clips(unit.residual),
+    )
+    edges = _edges(act, unit, parts)
+    # The loop may overwrite `x`.
+    x, edges = lax.optimization_barrier((unit.x, edges))
+    with choose.using(choose.current_hints().of_parts()):
+        return _by_chunks(act, unit._replace(x=x), edges)
+
+
+def _edges(act: Activation, unit: Unit, parts: Parts) -> Edges:
+    """Exchanges the normalised pixels around each part, and those of the frames before."""
+    (_, _, height, width, _), (_, kh, kw, *_) = unit.x.shape, unit.taps.kernel.shape
+    margin, side = kh // 2, kw // 2 if parts.columns > 1 else 0
+
+    def normed(axis: int, start: int, size: int) -> Array:
+        """Returns the normalised rows or columns from `start` on."""
+        cut = lambda x: lax.slice_in_dim(x, start, start + size, axis=axis)  # noqa: E731
+        now = cut(unit.x)[..., : unit.channels]
+        if size:
+            affine = unit.affine.of_pixels(axis, start, size, unit.x.shape)
+            now = act(affine.in_cells(now)).astype(now.dtype)
+        before = jnp.repeat(now[:, :1], unit.past, axis=1)
+        return jnp.concatenate([before if unit.cache is None else cut(unit.cache), now], axis=1)
+
+    return parts.exchanged(
+        top=normed(2, 0, margin),
+        bottom=normed(2, height - margin, margin),
+        first=normed(3, 0, side),
+        last=normed(3, width - side, side),
+    )
+
+
+def _by_chunks(
+    act: Activation, unit: Unit, edges: Edges | None = None
+) -> tuple[Array, Array | None]:
+    hints, margin = choose.current_hints(), unit.taps.kernel.shape[1] // 2
+    height = choose.band_height(unit.x.shape, margin, hints)
+    return by_bands(act, height, unit, edges) if height else by_frames(act, unit, edges)
 
 
 @_in_chunks.defjvp
@@ -116,25 +167,39 @@ def _in_chunks_jvp(static: Any, hints: Hints, primals: Any, tangents: Any) -> An
     return _in_chunks(static, hints, *primals), tangent
 
 
-def by_frames(act: Activation, unit: Unit) -> tuple[Array, Array | None]:
-    """Runs a unit frame by frame, in a loop that carries the last normalised frames."""
+def by_frames(
+    act: Activation, unit: Unit, edges: Edges | None = None
+) -> tuple[Array, Array | None]:
+    """Runs a unit frame by frame, in a loop that carries the last normalised frames.
+
+    If `edges` are given, frames are convolved with those around them, else with zeros.
+    """
     count, pinned = unit.x.shape[1], choose.pins_layout(unit.x.shape, choose.current_hints())
+    geometry = Geometry(pads=_pads(unit.taps.kernel, edges))
 
     def normed(now: Array, i: Array) -> Array:
         affine = unit.affine.of_frame(i, count)
         return act(affine.in_cells(now[..., : unit.channels])).astype(now.dtype)
 
+    def with_edges(now: Array, i: Array | int) -> Array:
+        """Returns frame `i` of those before `x` and its own, with the pixels around it."""
+        if edges is None:
+            return now
+        above, below, left, right = (frame(each, i) for each in edges)
+        now = jnp.concatenate([left, now, right], axis=3)
+        return jnp.concatenate([above, now, below], axis=2)
+
     x, past, cache = _caches(normed, unit)
+    past = tuple(with_edges(each, i) for i, each in enumerate(past))
 
     def step(carry: tuple, i: Array) -> tuple[tuple, None]:
         result, past = carry
         now = frame(x if unit.beside is None else result, i)
-        before = jnp.concatenate(past, axis=1) if past else None
-        y, seen = causal_conv(normed(now, i), *unit.taps, before)
+        seen = (*past, with_edges(normed(now, i), len(past) + i))
+        y = valid_conv(jnp.concatenate(seen, axis=1), *unit.taps, geometry)
         y = unit.joined(y, now, None if unit.residual is None else frame(result, i))
         y = with_layout_constraint(y, Layout(tuple(range(y.ndim)))) if pinned else y
-        past = () if seen is None else tuple(seen[:, i : i + 1] for i in range(len(past)))
-        return (lax.dynamic_update_slice_in_dim(result, y, i, axis=1), past), None
+        return (lax.dynamic_update_slice_in_dim(result, y, i, axis=1), seen[1:]), None
 
     index = jnp.arange(count, dtype=jnp.int32)
     buffer = unit._replace(x=x).output_buffer()
@@ -162,38 +227,48 @@ def _caches(normed: Callable[[Array, Array], Array], unit: Unit) -> tuple[Array,
     return x, tuple(before[:, i : i + 1] for i in range(past)), cache
 
 
-def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | None]:
+def by_bands(
+    act: Activation, height: int, unit: Unit, edges: Edges | None = None
+) -> tuple[Array, Array | None]:
     """Runs a unit on bands of `height` rows of all frames.
 
     The loop carries the last normalised rows of the band above, because the result may overwrite
     their source. A band is read with the `margin` rows below it. The last band is read `margin`
-    rows higher up, and zeros pad it below the frame. The cache is overwritten band by band too.
+    rows higher up. What surrounds the frames are `edges`, or zeros. The cache is overwritten band
+    by band too.
     """
     (b, count, rows_in_all, width, _), past = unit.x.shape, unit.past
     kernel, dtype, margin = unit.taps.kernel, unit.x.dtype, unit.taps.kernel.shape[1] // 2
-    side = kernel.shape[2] // 2
-    geometry = Geometry(pads=((0, 0), (side, side)), band=True)
+    _, pads = _pads(kernel, edges)
+    geometry = Geometry(pads=((0, 0), pads), band=True)
+    side = 0 if edges is None else edges.side
     # Scale and shift get their rows before the loop. Inside it XLA for TPUs takes more memory.
     affine = unit.affine.with_rows(count, rows_in_all)
+    outside = jnp.zeros((b, past + count, margin, width + 2 * side, unit.channels), dtype)
+    above, below = (outside, outside) if edges is None else (edges.above, edges.below)
 
-    def put(y: Array, part: Array, frame: int, row: Array | int) -> Array:
-        start = [jnp.asarray(n, jnp.int32) for n in (0, frame, row, 0, 0)]
+    def put(y: Array, part: Array, frame: int, row: Array | int, column: int) -> Array:
+        start = [jnp.asarray(n, jnp.int32) for n in (0, frame, row, column, 0)]
         return lax.dynamic_update_slice(y, part, start)
 
     def band(source: Array, cache: Array | None, above: Array, start: Array) -> Array:
         """Returns the normalised rows of a band and of those around it, with their past."""
         first = jnp.minimum(start, rows_in_all - height - margin)
-        now = rows(source, first, height + margin)[..., : unit.channels]
-        now = act(affine.of_rows(first, height + margin).in_cells(now)).astype(dtype)
+        row, seen = margin + first - start, height + margin
+        now = rows(source, first, seen)[..., : unit.channels]
+        now = act(affine.of_rows(first, seen).in_cells(now)).astype(dtype)
         # Parts are written into one array. Concatenating them would copy each once more.
-        y = lax.empty((b, past + count, height + 2 * margin, width, unit.channels), dtype)
-        y = put(y, jnp.zeros_like(above), 0, height + margin)
-        y = put(y, now, past, margin + first - start)
+        shape = (b, past + count, height + 2 * margin, width + 2 * side, unit.channels)
+        y = put(lax.empty(shape, dtype), below, 0, seen, 0)
+        y = put(y, now, past, row, side)
         if past and cache is None:
-            y = put(y, jnp.repeat(now[:, :1], past, axis=1), 0, margin + first - start)
+            y = put(y, jnp.repeat(now[:, :1], past, axis=1), 0, row, side)
         elif cache is not None:
-            y = put(y, rows(cache, first, height + margin), 0, margin + first - start)
-        return put(y, above, 0, 0)
+            y = put(y, rows(cache, first, seen), 0, row, side)
+        if side and edges is not None:
+            y = put(y, rows(edges.left, first, seen), 0, row, 0)
+            y = put(y, rows(edges.right, first, seen), 0, row, side + width)
+        return put(y, above, 0, 0, 0)
 
     def step(carry: tuple, i: Array) -> tuple[tuple, None]:
         result, (above, cache) = carry
@@ -201,14 +276,13 @@ def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | N
         y = band(source, None if unit.cache is None else cache, above, start)
         above = y[:, :, height : height + margin]
         if past:
-            last = y[:, -past:, margin : margin + height]
+            last = y[:, -past:, margin : margin + height, side : side + width]
             cache = lax.dynamic_update_slice_in_dim(cache, last, start, axis=2)
         y = valid_conv(y, *unit.taps, geometry)
         residual = None if unit.residual is None else rows(result, start, height)
         y = unit.joined(y, rows(source, start, height), residual)
         return (lax.dynamic_update_slice_in_dim(result, y, start, axis=2), (above, cache)), None
 
-    above = jnp.zeros((b, past + count, margin, width, unit.channels), dtype)
     cache = unit.cache
     if past and cache is None:
         cache = lax.empty((b, past, rows_in_all, width, unit.channels), dtype)
@@ -216,6 +290,15 @@ def by_bands(act: Activation, height: int, unit: Unit) -> tuple[Array, Array | N
     index = jnp.arange(rows_in_all // height, dtype=jnp.int32)
     (result, (_, cache)), _ = lax.scan(step, carry, index)
     return lax.optimization_barrier((result, cache))
+
+
+def _pads(kernel: Array, edges: Edges | None) -> Pads:
+    """Returns the zeros that frames need which have `edges` around them, or nothing."""
+    (_, kh, kw, *_) = kernel.shape
+    down, across = kh // 2, kw // 2
+    if edges is None:
+        return (down, down), (across, across)
+    return (0, 0), (0, 0) if edges.side else (across, across)
 
 
 def _carry(result: Array, rest: Any, unit: Unit) -> tuple[Array, Any]:
@@ -229,7 +312,7 @@ def frame_by_frame(
     fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]
 ) -> Float[Array, "b t *rest2"]:
     """Applies a function of single frames to the frames of `x`, one by one if `x` is large."""
-    if not choose.in_chunks(x.shape, choose.current_hints()):
+    if not choose.frame_by_frame(x.shape, choose.current_hints()):
         return fn(x)
     moved = jnp.moveaxis(x, 1, 0)[:, :, None]
     _, y = lax.scan(lambda _, now: (None, fn(now)[:, 0]), None, moved)
