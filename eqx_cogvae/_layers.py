@@ -19,7 +19,6 @@ from ._lowering import (
     Geometry,
     Taps,
     causal_conv,
-    frame_by_frame,
     frame_conv,
     moments,
     nearest,
@@ -221,7 +220,7 @@ class Downsample(eqx.Module):
             pairs = at_least_float32(rest).reshape(x.shape[0], -1, 2, *x.shape[2:])
             x = jnp.concatenate([first, jnp.mean(pairs, axis=2).astype(x.dtype)], axis=1)
         geometry = Geometry(stride=2, pads=((0, 1), (0, 1)))
-        return frame_by_frame(lambda x: frame_conv(x, *self.conv.taps(), geometry), x)
+        return frame_conv(x, *self.conv.taps(), geometry)
 
 
 class Upsample(eqx.Module):
@@ -243,8 +242,7 @@ class Upsample(eqx.Module):
         self, x: Float[Array, "b t h w c"], *, continued: bool = False
     ) -> Float[Array, "b t2 2*h 2*w c"]:
         # Repeating frames commutes with a 2D convolution, so the copies are made afterwards.
-        geometry = Geometry(doubles=True)
-        x = frame_by_frame(lambda x: frame_conv(x, *self.conv.taps(), geometry), x)
+        x = frame_conv(x, *self.conv.taps(), Geometry(doubles=True))
         if not self.compress_time:
             return x
         first, rest = (x[:, :0], x) if continued else _split_first(x)

@@ -323,7 +323,7 @@ def at_once(shallow_vae):
 def test_large_videos_in_chunks(split, platform, shallow_vae, at_once):
     """In bands of rows, or frame by frame where devices hold rows: the same, gradients too."""
     vae = shallow_vae
-    names = ("chunk_elements", "split_chunk_elements", "band_elements", "huge_frame_pixels")
+    names = ("chunk_elements", "band_elements", "huge_frame_pixels")
     limits = Thresholds(**dict.fromkeys(names, 1), product_min_channels=1)
     with choose.using(choose.Hints(split, limits, platform)):
         latents = normal((1, 3, 16, 16, 3), 1)

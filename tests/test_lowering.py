@@ -362,15 +362,12 @@ def test_heights_of_bands():
 
 def test_a_devices_share_decides():
     """Clips and columns that are split leave taller bands, and parts of rows are as clips."""
-    limits = Thresholds(
-        chunk_elements=40 * 100, band_elements=40 * 100, split_chunk_elements=480 * 100
-    )
+    limits = Thresholds(chunk_elements=40 * 100, band_elements=40 * 100)
     hints = lambda **split: Hints(Split(**split), limits)  # noqa: E731
     x = (2, 2, 480, 5, 10)
     heights = [choose.band_height(x, 1, hints(**s)) for s in ({}, {"batch": 2}, {"width": 5})]
     assert heights == [20, 40, 96]
     assert choose.band_height((4, 2, 240, 5, 10), 1, hints(height=2).of_parts()) == 20
-    assert [choose.frame_by_frame(x, hints(height=n)) for n in (1, 2, 3)] == [True, True, False]
     assert [choose.in_chunks(x, hints(**{axis: 24})) for axis in ("batch", "height")] == [True] * 2
     assert [choose.in_chunks(x, hints(**{axis: 25})) for axis in ("batch", "height")] == [False] * 2
     assert Split(height=2).further(Split(batch=3)) == Split(batch=3, height=2)
@@ -380,9 +377,12 @@ def test_parts_that_devices_hold():
     split = Hints(Split(batch=2, height=4, width=5))
     assert choose.parts((1, 2, 24, 5, 8), split) == (4, 5)
     assert choose.parts((1, 2, 22, 5, 8), split) == (1, 1)
-    assert choose.parts((1, 2, 8, 5, 8), split, (5, 3)) == (4, 5)
-    assert choose.parts((1, 2, 4, 5, 8), split, (5, 3)) == (1, 1)
-    assert choose.parts((1, 2, 24, 5, 8), split, (3, 5)) == (1, 1)
+    wide = Geometry(pads=((2, 2), (1, 1)))
+    assert choose.parts((1, 2, 8, 5, 8), split, (5, 3), wide) == (4, 5)
+    assert choose.parts((1, 2, 4, 5, 8), split, (5, 3), wide) == (1, 1), "beyond the neighbour"
+    assert choose.parts((1, 2, 8, 5, 8), split, (3, 3), UNPADDED) == (1, 1), "smaller than before"
+    assert choose.parts((1, 2, 8, 10, 8), split, (3, 3), STRIDED) == (4, 5)
+    assert choose.parts((1, 2, 12, 10, 8), split, (3, 3), STRIDED) == (1, 1), "out of step"
     assert choose.parts((1, 2, *jax.export.symbolic_shape("h, w"), 8), split) == (1, 1)
 
 
@@ -482,6 +482,25 @@ def test_chunks_of_parts_are_the_whole(unit, split):
     due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
     with choose.using(Hints(split, CHUNKED)):
         close(jax.jit(functools.partial(chunked.in_chunks, jax.nn.silu))(unit), due)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("geometry", [SAME, DOUBLING, STRIDED], ids=["", "doubling", "strided"])
+def test_convolutions_of_parts_are_those_of_the_whole(geometry, platform):
+    """And their gradients: of two rows and five columns, and at the ends of two columns alone."""
+    taps = 3 if geometry == SAME else 1
+    x, kernel, bias = normal((2, 4, 8, 20, 6)), normal((taps, 3, 3, 6, 5), 1), normal((5,), 2)
+
+    def results(split):
+        run = lambda *args: lowering.valid_conv(*args, geometry)  # noqa: E731
+        loss = lambda *args: jnp.sum(jnp.sin(run(*args)))  # noqa: E731
+        with choose.using(Hints(split, platform=platform)):
+            fn = lambda *args: (run(*args), jax.grad(loss, (0, 1, 2))(*args))  # noqa: E731
+            return jax.jit(fn)(x, kernel, bias)
+
+    due = results(Split())
+    for split in (Split(height=2, width=5), Split(width=2)):
+        close(results(split), due, 1e-5)
 
 
 @pytest.mark.usefixtures("memory_as_it_was")

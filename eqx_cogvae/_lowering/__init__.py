@@ -2,6 +2,7 @@
 
 - `conv`: convolutions as JAX primitives; `frames`, `tpu`, `cpu`, `winograd`: their lowerings.
 - `choose`: which lowering, and which chunks, for which sizes.
+- `parts`: frames that devices share, as clips with the pixels of their neighbours.
 - `moments`: the mean and the variance that a group norm needs.
 - `affine`: the map that a norm applies.
 - `chunked`, `blocks`: a norm, an activation and a convolution on large arrays, chunk by chunk.
@@ -16,10 +17,9 @@ from .blocks import (
     scheduled as scheduled,
 )
 from .choose import Geometry as Geometry
-from .chunked import Taps as Taps, frame_by_frame as frame_by_frame
+from .chunked import Taps as Taps, frame_conv as frame_conv
 from .conv import (
     causal_conv as causal_conv,
-    frame_conv as frame_conv,
     pointwise_conv as pointwise_conv,
     valid_conv as valid_conv,
 )

@@ -29,9 +29,6 @@ class Thresholds:
     chunk_elements: int = 2**24
     """Arrays with at least this many elements are processed in chunks. From `tpu_compile.py` and
     `cpu.py`."""
-    split_chunk_elements: int = 2**27
-    """The same, for frames that are resized and whose height is split. It is larger, because their
-    chunks are single frames, each of which has to exchange rows. From `devices.py`."""
     band_elements: int = 6 * 2**20
     """Maximum elements of a band of rows, whose intermediates then fit the fast memory of a TPU.
     From `tpu_compile.py`."""
@@ -109,6 +106,28 @@ class Geometry(NamedTuple):
     band: bool = False
     """True if `x` is a band of rows that brings the rows above and below along."""
 
+    @property
+    def reach(self) -> Pads:
+        """Number of pixels around a frame, or a part of one, that its result depends on."""
+        above, below, left, right = (-(-n // self.scale) for pads in self.pads for n in pads)
+        return (above, below), (left, right)
+
+    @property
+    def scale(self) -> int:
+        """Factor by which height and width are enlarged first."""
+        return 2 if self.doubles else 1
+
+    def within(self, edges: Pads) -> "Geometry":
+        """Returns the geometry for frames that have so many pixels of `edges` around them."""
+        (above, below), (left, right) = (
+            tuple(n - self.scale * m for n, m in zip(*pair, strict=True))
+            for pair in zip(self.pads, edges, strict=True)
+        )
+        return self._replace(pads=((above, below), (left, right)))
+
+
+_UNPADDED = Geometry(pads=((0, 0), (0, 0)))
+
 
 class Spec(NamedTuple):
     """The arguments of a lowering besides its two arrays."""
@@ -180,14 +199,7 @@ def _suits_winograd(
 
 def in_chunks(x: Sequence[Any], hints: Hints = Hints()) -> bool:
     """Returns True if an array of shape `(b, t, ...)` is processed in chunks."""
-    return _is_large(x, hints.thresholds.chunk_elements, hints)
-
-
-def frame_by_frame(x: Sequence[Any], hints: Hints = Hints()) -> bool:
-    """Returns True if frames of shape `(b, t, ...)` are resized one by one."""
-    limits = hints.thresholds
-    most = limits.chunk_elements if hints.split.height == 1 else limits.split_chunk_elements
-    return _is_large(x, most, hints)
+    return _known(x) and x[1] > 1 and _share(x, hints) >= hints.thresholds.chunk_elements
 
 
 def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
@@ -214,24 +226,36 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
 
 
 def parts(
-    x: Sequence[Any], hints: Hints = Hints(), kernel: tuple[int, int] = (1, 1)
+    x: Sequence[Any],
+    hints: Hints = Hints(),
+    kernel: Sequence[int] = (1, 1),
+    geometry: Geometry = _UNPADDED,
 ) -> tuple[int, int]:
     """Returns the rows and columns of equal parts that frames are divided into.
 
-    They are the devices' parts, or the whole, `(1, 1)`, if sizes are symbolic, do not divide, or
-    if a kernel reaches beyond the neighbours of a part.
+    They are the devices' parts. It is the whole, `(1, 1)`, if sizes are symbolic, or if the result
+    of a convolution is not that of parts and the pixels of their neighbours.
 
     **Arguments:**
 
     - `x`: the shape `(b, t, h, w, c)`.
-    - `kernel`: height and width of the kernel that the parts are convolved with.
+    - `kernel`, `geometry`: height and width of a kernel, and how it is applied.
     """
-    found = hints.split[1:]
-    fits = (
-        _known(x) and side % number == 0 and side // number >= size // 2
-        for side, number, size in zip(x[2:4], found, kernel, strict=True)
-    )
-    return found if all(fits) else (1, 1)
+    _, *split = hints.split
+    numbers = zip(x[2:4], split, kernel, geometry.pads, geometry.reach, strict=True)
+    fits = _known(x) and all(_fits(*each, geometry) for each in numbers)
+    return (split[0], split[1]) if fits else (1, 1)
+
+
+def _fits(
+    side: int, number: int, size: int, pads: Sequence[int], reach: Sequence[int], geometry: Geometry
+) -> bool:
+    if number == 1:
+        return True
+    part, enlarged = side // number, geometry.scale * side
+    result = (enlarged + sum(pads) - size) // geometry.stride + 1
+    whole = side % number == 0 and part % geometry.stride == 0
+    return whole and result == enlarged // geometry.stride and part >= max(reach)
 
 
 def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:
@@ -243,10 +267,6 @@ def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:
     devices, and XLA would gather it.
     """
     return _is_huge(x, hints) and x[0] == 1 and not hints.split.within_frames
-
-
-def _is_large(x: Sequence[Any], elements: int, hints: Hints) -> bool:
-    return _known(x) and x[1] > 1 and _share(x, hints) >= elements
 
 
 def _is_huge(x: Sequence[Any], hints: Hints) -> bool:
@@ -271,7 +291,6 @@ __all__ = [
     "as_if_on",
     "band_height",
     "current_hints",
-    "frame_by_frame",
     "in_chunks",
     "lowering",
     "parts",

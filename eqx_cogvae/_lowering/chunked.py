@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 from .._meshes import varying_as
 from . import choose
 from .affine import Affine, frame, rows
-from .choose import Geometry, Hints, Pads
-from .conv import causal_conv, pointwise_conv, valid_conv
+from .choose import Geometry, Hints
+from .conv import causal_conv, on_parts, pointwise_conv, valid_conv
 from .parts import Edges, Parts
 
 Activation = Callable[[Array], Array]
@@ -56,6 +56,12 @@ class Unit(NamedTuple):
     def channels(self) -> int:
         """Number of channels that are normalised and convolved."""
         return self.taps.kernel.shape[3]
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the kernel is applied."""
+        _, kh, kw, *_ = self.taps.kernel.shape
+        return Geometry(pads=((kh // 2, kh // 2), (kw // 2, kw // 2)))
 
     @property
     def past(self) -> int:
@@ -101,7 +107,8 @@ def _in_chunks(
     act = eqx.combine(static, parameters)
     # Derivatives are traced after the context that the hints came from has ended.
     with choose.using(hints):
-        parts = Parts(*choose.parts(unit.x.shape, hints, unit.taps.kernel.shape[1:3]))
+        kernel, shape = unit.taps.kernel.shape, unit.x.shape
+        parts = Parts(*choose.parts(shape, hints, kernel[1:3], unit.geometry))
         if parts.number == 1:
             return _by_chunks(act, unit)
         y, cache = _by_chunks_of_parts(act, unit, parts)
@@ -126,32 +133,25 @@ def _by_chunks_of_parts(act: Activation, unit: Unit, parts: Parts) -> tuple[Arra
 
 def _edges(act: Activation, unit: Unit, parts: Parts) -> Edges:
     """Exchanges the normalised pixels around each part, and those of the frames before."""
-    (_, _, height, width, _), (_, kh, kw, *_) = unit.x.shape, unit.taps.kernel.shape
-    margin, side = kh // 2, kw // 2 if parts.columns > 1 else 0
+    shape, dtype = unit.x.shape, unit.x.dtype
 
-    def normed(axis: int, start: int, size: int) -> Array:
-        """Returns the normalised rows or columns from `start` on."""
-        cut = lambda x: lax.slice_in_dim(x, start, start + size, axis=axis)  # noqa: E731
+    def pixels(axis: int, start: int, count: int) -> Array:
+        cut = lambda x: lax.slice_in_dim(x, start, start + count, axis=axis)  # noqa: E731
         now = cut(unit.x)[..., : unit.channels]
-        if size:
-            affine = unit.affine.of_pixels(axis, start, size, unit.x.shape)
-            now = act(affine.in_cells(now)).astype(now.dtype)
+        if count:
+            affine = unit.affine.of_pixels(axis, start, count, shape)
+            now = act(affine.in_cells(now)).astype(dtype)
         before = jnp.repeat(now[:, :1], unit.past, axis=1)
         return jnp.concatenate([before if unit.cache is None else cut(unit.cache), now], axis=1)
 
-    return parts.exchanged(
-        top=normed(2, 0, margin),
-        bottom=normed(2, height - margin, margin),
-        first=normed(3, 0, side),
-        last=normed(3, width - side, side),
-    )
+    return parts.edges(shape[2:4], unit.geometry.reach, pixels)
 
 
 def _by_chunks(
     act: Activation, unit: Unit, edges: Edges | None = None
 ) -> tuple[Array, Array | None]:
-    hints, margin = choose.current_hints(), unit.taps.kernel.shape[1] // 2
-    height = choose.band_height(unit.x.shape, margin, hints)
+    margin = unit.taps.kernel.shape[1] // 2
+    height = choose.band_height(unit.x.shape, margin, choose.current_hints())
     return by_bands(act, height, unit, edges) if height else by_frames(act, unit, edges)
 
 
@@ -175,7 +175,7 @@ def by_frames(
     If `edges` are given, frames are convolved with those around them, else with zeros.
     """
     count, pinned = unit.x.shape[1], choose.pins_layout(unit.x.shape, choose.current_hints())
-    geometry = Geometry(pads=_pads(unit.taps.kernel, edges))
+    geometry = unit.geometry if edges is None else unit.geometry.within(edges.sizes)
 
     def normed(now: Array, i: Array) -> Array:
         affine = unit.affine.of_frame(i, count)
@@ -185,9 +185,7 @@ def by_frames(
         """Returns frame `i` of those before `x` and its own, with the pixels around it."""
         if edges is None:
             return now
-        above, below, left, right = (frame(each, i) for each in edges)
-        now = jnp.concatenate([left, now, right], axis=3)
-        return jnp.concatenate([above, now, below], axis=2)
+        return Edges(*(frame(each, i) for each in edges)).around(now)
 
     x, past, cache = _caches(normed, unit)
     past = tuple(with_edges(each, i) for i, each in enumerate(past))
@@ -239,13 +237,14 @@ def by_bands(
     """
     (b, count, rows_in_all, width, _), past = unit.x.shape, unit.past
     kernel, dtype, margin = unit.taps.kernel, unit.x.dtype, unit.taps.kernel.shape[1] // 2
-    _, pads = _pads(kernel, edges)
-    geometry = Geometry(pads=((0, 0), pads), band=True)
-    side = 0 if edges is None else edges.side
+    side = 0 if edges is None else edges.left.shape[3]
+    zeros = kernel.shape[2] // 2 - side
+    geometry = Geometry(pads=((0, 0), (zeros, zeros)), band=True)
     # Scale and shift get their rows before the loop. Inside it XLA for TPUs takes more memory.
     affine = unit.affine.with_rows(count, rows_in_all)
-    outside = jnp.zeros((b, past + count, margin, width + 2 * side, unit.channels), dtype)
-    above, below = (outside, outside) if edges is None else (edges.above, edges.below)
+    above = below = jnp.zeros((b, past + count, margin, width + 2 * side, unit.channels), dtype)
+    if edges is not None and edges.above.shape[2]:
+        above, below, *_ = edges
 
     def put(y: Array, part: Array, frame: int, row: Array | int, column: int) -> Array:
         start = [jnp.asarray(n, jnp.int32) for n in (0, frame, row, column, 0)]
@@ -292,15 +291,6 @@ def by_bands(
     return lax.optimization_barrier((result, cache))
 
 
-def _pads(kernel: Array, edges: Edges | None) -> Pads:
-    """Returns the zeros that frames need which have `edges` around them, or nothing."""
-    (_, kh, kw, *_) = kernel.shape
-    down, across = kh // 2, kw // 2
-    if edges is None:
-        return (down, down), (across, across)
-    return (0, 0), (0, 0) if edges.side else (across, across)
-
-
 def _carry(result: Array, rest: Any, unit: Unit) -> tuple[Array, Any]:
     """Returns a loop's carry; within `jax.shard_map` its type is that of every later step."""
     leaves, structure = jax.tree.flatten((result, rest))
@@ -308,16 +298,25 @@ def _carry(result: Array, rest: Any, unit: Unit) -> tuple[Array, Any]:
     return jax.tree.unflatten(structure, together[: len(leaves)])
 
 
-def frame_by_frame(
-    fn: Callable[[Array], Array], x: Float[Array, "b t *rest"]
-) -> Float[Array, "b t *rest2"]:
-    """Applies a function of single frames to the frames of `x`, one by one if `x` is large."""
-    if not choose.frame_by_frame(x.shape, choose.current_hints()):
-        return fn(x)
-    moved = jnp.moveaxis(x, 1, 0)[:, :, None]
-    _, y = lax.scan(lambda _, now: (None, fn(now)[:, 0]), None, moved)
-    # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
-    return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
+def frame_conv(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "kh kw i o"],
+    bias: Float[Array, " o"],
+    geometry: Geometry,
+) -> Float[Array, "b t h2 w2 o"]:
+    """Convolves every frame by itself, one after the other if `x` is large."""
+    if not choose.in_chunks(x.shape, choose.current_hints()):
+        return valid_conv(x, kernel[None], bias, geometry)
+
+    def one_by_one(x: Array, geometry: Geometry) -> Array:
+        def step(carry: None, now: Array) -> tuple[None, Array]:
+            return carry, valid_conv(now, kernel[None], bias, geometry)[:, 0]
+
+        _, y = lax.scan(step, None, jnp.moveaxis(x, 1, 0)[:, :, None])
+        # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
+        return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
+
+    return on_parts(one_by_one, x, (1, *kernel.shape), geometry)
 
 
-__all__ = ["Taps", "Unit", "by_bands", "by_frames", "frame_by_frame", "in_chunks", "unchunked"]
+__all__ = ["Taps", "Unit", "by_bands", "by_frames", "frame_conv", "in_chunks", "unchunked"]

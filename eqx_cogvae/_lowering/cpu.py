@@ -28,18 +28,23 @@ def taps(x: Array, kernel: Array, spec: Spec) -> Array:
 
 def phases(
     x: Float[Array, "b t h w i"], kernel: Float[Array, "1 3 3 i o"], spec: Spec
-) -> Float[Array, "b t 2*h 2*w o"]:
+) -> Float[Array, "b t h2 w2 o"]:
     """Doubles by nearest neighbour, then convolves, as four 2x2 convolutions on the small grid.
 
     There is one for each phase of the large grid: 4/9 of the multiplications, and the enlarged
     frames are never there.
     """
-    del spec  # A doubling convolution has one geometry, and sums are those of float32 arrays.
-    return _interleaved(conv2d(x, _phase_kernels(kernel)[0], 1, _PHASES.pads))
+    geometry = _of_phases(spec.geometry)
+    return _interleaved(conv2d(x, _phase_kernels(kernel)[0], 1, geometry.pads))
 
 
-# The four phases see one pixel more than the frame has along each side.
-_PHASES = Geometry()
+def _of_phases(geometry: Geometry) -> Geometry:
+    """Returns the geometry of the four phases, which see a pixel more than there is on each side.
+
+    It is a zero, or there already if the large grid leaves one of its pixels out on each side.
+    """
+    (above, below), (left, right) = (tuple((n + 1) // 2 for n in pads) for pads in geometry.pads)
+    return Geometry(pads=((above, below), (left, right)))
 
 
 def _phase_kernels(kernel: Float[Array, "1 3 3 i o"]) -> Float[Array, "1 2 2 i 4*o"]:
@@ -74,8 +79,8 @@ def by_input(
     x = jax.ShapeDtypeStruct((b, t, *size, kernel.shape[3]), cotangent.dtype)
     if spec.geometry.doubles:
         kernel = _phase_kernels(kernel)
-        cotangent = _interleaved_transpose(cotangent, size)
-        spec = spec._replace(geometry=_PHASES)
+        cotangent = _interleaved_transpose(cotangent)
+        spec = spec._replace(geometry=_of_phases(spec.geometry))
     return jax.linear_transpose(lambda x: taps(x, kernel, spec), x)(cotangent)[0]
 
 
@@ -84,8 +89,8 @@ def by_kernel(
 ) -> Float[Array, "kt kh kw i o"]:
     """Returns the gradient of a convolution with respect to its kernel, of `sizes` taps."""
     if spec.geometry.doubles:
-        quads = _interleaved_transpose(cotangent, (x.shape[2], x.shape[3]))
-        merged = by_kernel(x, quads, (1, 2, 2), spec._replace(geometry=_PHASES))
+        phases = spec._replace(geometry=_of_phases(spec.geometry))
+        merged = by_kernel(x, _interleaved_transpose(cotangent), (1, 2, 2), phases)
         kernel = jax.ShapeDtypeStruct((*sizes, x.shape[4], cotangent.shape[4]), x.dtype)
         return jax.linear_transpose(_phase_kernels, kernel)(merged)[0]
     stride, (_, *spatial) = spec.geometry.stride, sizes
@@ -100,9 +105,9 @@ def by_kernel(
     return merged[:, : spatial[0], : spatial[1]]
 
 
-def _interleaved_transpose(cotangent: Array, size: tuple[int, int]) -> Array:
-    b, t, *_, o = cotangent.shape
-    y = jax.ShapeDtypeStruct((b, t, size[0] + 1, size[1] + 1, 4 * o), cotangent.dtype)
+def _interleaved_transpose(cotangent: Array) -> Array:
+    b, t, h, w, o = cotangent.shape
+    y = jax.ShapeDtypeStruct((b, t, h // 2 + 1, w // 2 + 1, 4 * o), cotangent.dtype)
     return jax.linear_transpose(_interleaved, y)(cotangent)[0]
 
 

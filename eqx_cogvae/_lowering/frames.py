@@ -25,7 +25,7 @@ def conv2d(
     # Frames are padded by hand. With XLA's own padding the gradient with respect to the frames
     # leaves the CPU backend's fast path for some shapes, and takes thirty times as long.
     y = lax.conv_general_dilated(
-        jnp.pad(x.reshape(-1, *x.shape[2:]), [(0, 0), *pads, (0, 0)]),
+        padded(x.reshape(-1, *x.shape[2:]), pads),
         kernel,
         (stride, stride),
         "VALID",
@@ -33,6 +33,12 @@ def conv2d(
         preferred_element_type=accumulator,
     )
     return y.reshape(b, t, *y.shape[1:])
+
+
+def padded(x: Float[Array, "*n h w c"], pads: Pads) -> Float[Array, "*n h2 w2 c"]:
+    """Returns frames with zeros around them, or where `pads` are negative without their edges."""
+    widths = [(0, 0, 0)] * (x.ndim - 3) + [(*pair, 0) for pair in (*pads, (0, 0))]
+    return lax.pad(x, jnp.zeros((), x.dtype), widths)
 
 
 def frames(x: Array, kernel: Array, spec: Spec) -> Array:

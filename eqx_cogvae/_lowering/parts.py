@@ -1,34 +1,42 @@
 """Treats the parts of frames that devices hold as clips of their own.
 
-A part needs the pixels around it: `Edges` holds those of its neighbours. They are exchanged once,
-before a loop over the part, which then needs no other device.
+A convolution needs the pixels around a part: `Edges` holds those of its neighbours. They are
+exchanged once, and what follows, a loop over chunks perhaps, needs no other device.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .affine import Affine, nearest
+from .choose import Pads
 
 
 class Edges(NamedTuple):
     """The pixels around each clip, which are zeros outside of the frames that it is a part of.
 
-    The rows above and below hold the corners. If the frames' columns are not divided, there are
-    none on the left and on the right, and `side` is 0.
+    The rows above and below hold the corners. Where frames are not divided, there are none.
     """
 
-    above: Float[Array, "p t m w+2*side c"]
-    below: Float[Array, "p t m w+2*side c"]
-    left: Float[Array, "p t h side c"]
-    right: Float[Array, "p t h side c"]
+    above: Float[Array, "p t above left+w+right c"]
+    below: Float[Array, "p t below left+w+right c"]
+    left: Float[Array, "p t h left c"]
+    right: Float[Array, "p t h right c"]
 
     @property
-    def side(self) -> int:
-        """Number of columns on the left, and of those on the right."""
-        return self.left.shape[3]
+    def sizes(self) -> Pads:
+        """Number of pixels above and below, and on the left and on the right."""
+        above, below, left, right = self
+        return (above.shape[2], below.shape[2]), (left.shape[3], right.shape[3])
+
+    def around(self, x: Float[Array, "p t h w c"]) -> Float[Array, "p t h2 w2 c"]:
+        """Returns the clips with the pixels around them."""
+        x = jnp.concatenate([self.left, x, self.right], axis=3)
+        return jnp.concatenate([self.above, x, self.below], axis=2)
 
 
 class Parts(NamedTuple):
@@ -69,34 +77,57 @@ class Parts(NamedTuple):
         """Returns values of clips, or one for all of them, for the parts of each clip."""
         return x if x.shape[0] == 1 else jnp.tile(x, (self.number, *[1] * (x.ndim - 1)))
 
-    def exchanged(
-        self,
-        top: Float[Array, "p t m w c"],
-        bottom: Float[Array, "p t m w c"],
-        first: Float[Array, "p t h side c"],
-        last: Float[Array, "p t h side c"],
-    ) -> Edges:
-        """Returns the pixels around each part, from the outermost rows and columns of all."""
-        left, right = self._from(last, -1, axis=1), self._from(first, 1, axis=1)
-        rows, height = top.shape[2], first.shape[2]
-        corners = lambda x, start: x[:, :, start : start + rows]  # noqa: E731
-        above, below = (
-            jnp.concatenate([corners(left, start), edge, corners(right, start)], axis=3)
-            for edge, start in ((bottom, height - rows), (top, 0))
-        )
-        return Edges(self._from(above, -1, axis=0), self._from(below, 1, axis=0), left, right)
+    def reached(self, reach: Pads) -> Pads:
+        """Returns how many pixels of neighbours a convolution reaches that reaches so many."""
+        along_height, along_width = reach
+        none = (0, 0)
+        return along_height if self.rows > 1 else none, along_width if self.columns > 1 else none
 
-    def _from(self, x: Array, step: int, axis: int) -> Array:
-        """Returns for each part what the neighbour `step` places on holds, or zeros."""
-        placed = self._by_place(x)
-        widths = [(0, 0, 0)] * placed.ndim
-        # A pad that is negative at one end is what XLA's partitioner turns into one exchange.
-        widths[axis] = (-step, step, 0)
-        return jax.lax.pad(placed, jnp.zeros((), x.dtype), widths).reshape(x.shape)
+    def edges(
+        self, size: Sequence[int], reach: Pads, pixels: Callable[[int, int, int], Array]
+    ) -> Edges:
+        """Returns the pixels around each part.
+
+        **Arguments:**
+
+        - `size`: height and width of a part.
+        - `reach`: number of pixels above, below, on the left and on the right.
+        - `pixels`: given an axis, 2 for rows and 3 for columns, a start and a number, it returns
+          so many rows or columns of each part.
+        """
+        (height, width), ((above, below), (left, right)) = size, self.reached(reach)
+        before, behind = self._exchanged(pixels(3, width - left, left), pixels(3, 0, right), axis=1)
+
+        def row(start: int, count: int) -> Array:
+            corners = lambda x: jax.lax.slice_in_dim(x, start, start + count, axis=2)  # noqa: E731
+            return jnp.concatenate([corners(before), pixels(2, start, count), corners(behind)], 3)
+
+        rows = self._exchanged(row(height - above, above), row(0, below), axis=0)
+        return Edges(*rows, before, behind)
+
+    def _exchanged(self, last: Array, first: Array, axis: int) -> tuple[Array, Array]:
+        """Returns what precedes and follows each part: the `last` and `first` of its neighbours."""
+        clips = last.shape[0]
+        last, first = self._by_place(last), self._by_place(first)
+        if last.shape[axis] == 2 and last.shape == first.shape:
+            # Each part has one neighbour, and both send at once.
+            leads = np.arange(2).reshape([-1 if i == axis else 1 for i in range(last.ndim)]) == 0
+            other = jnp.flip(jnp.where(leads, last, first), axis)
+            found = jnp.where(leads, 0, other), jnp.where(leads, other, 0)
+        else:
+            found = _shifted(last, 1, axis), _shifted(first, -1, axis)
+        before, behind = (x.reshape(clips, *x.shape[3:]) for x in found)
+        return before, behind
 
     def _by_place(self, x: Array) -> Array:
-        clips = x.shape[0] // self.number
-        return x.reshape(self.rows, self.columns, clips, *x.shape[1:])
+        return x.reshape(self.rows, self.columns, x.shape[0] // self.number, *x.shape[1:])
+
+
+def _shifted(x: Array, by: int, axis: int) -> Array:
+    """Returns `x` moved along an axis, zeros first or last."""
+    # XLA's partitioner turns a pad that is negative at one end into one exchange.
+    widths = [(by, -by, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
 
 
 __all__ = ["Edges", "Parts"]
