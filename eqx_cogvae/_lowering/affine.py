@@ -42,6 +42,13 @@ class Affine(NamedTuple):
         source = _nearest_frame(i, count, self.scale.shape[1])
         return Affine(mean, frame(self.scale, source), frame(self.shift, source))
 
+    def of_frames(self, start: int, stop: int, count: int) -> "Affine":
+        """Returns the map of frames `start` to `stop` of `count`."""
+        scale, shift = (repeat_frames(s, count) for s in (self.scale, self.shift))
+        return Affine(
+            *(x if x.shape[1] == 1 else x[:, start:stop] for x in (self.mean, scale, shift))
+        )
+
     def of_rows(self, start: Int[Array, ""], count: int) -> "Affine":
         """Returns the map of `count` rows from `start` on, of a map `with_rows`."""
         if self.scale.shape[2] == 1:

@@ -225,6 +225,13 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     return found if found >= max(margin, limits.band_min_rows) else 0
 
 
+def first_apart(x: Sequence[int], margin: int, hints: Hints = Hints()) -> bool:
+    """Returns True if the first frame of `x` is processed by itself, so that the rest has bands."""
+    rest = (x[0], x[1] - 1, *x[2:])
+    fits = lambda x: band_height(x, margin, hints) > 0  # noqa: E731
+    return x[1] % 2 == 1 and x[1] > 1 and fits(rest) and not fits(x)
+
+
 def parts(
     x: Sequence[Any],
     hints: Hints = Hints(),

@@ -9,6 +9,7 @@ intermediates of every chunk.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from .._meshes import varying_as
 from . import choose
 from .affine import Affine, frame, rows
 from .choose import Geometry, Hints
-from .conv import causal_conv, on_parts, pointwise_conv, valid_conv
+from .conv import causal_conv, conv_shape, on_parts, pointwise_conv, valid_conv
+from .frames import padded
 from .parts import Edges, Parts
 
 Activation = Callable[[Array], Array]
@@ -67,6 +69,14 @@ class Unit(NamedTuple):
     def past(self) -> int:
         """Number of frames before its own that a result depends on."""
         return self.taps.kernel.shape[0] - 1
+
+    def of_frames(self, start: int, stop: int) -> "Unit":
+        """Returns the unit of some of the frames; its cache is still that of the first."""
+        return self._replace(
+            affine=self.affine.of_frames(start, stop, self.x.shape[1]),
+            x=self.x[:, start:stop],
+            residual=None if self.residual is None else self.residual[:, start:stop],
+        )
 
     def joined(self, y: Array, x: Array, residual: Array | None) -> Array:
         """Returns the convolved frames `y` with all that is added and appended to them."""
@@ -150,8 +160,10 @@ def _edges(act: Activation, unit: Unit, parts: Parts) -> Edges:
 def _by_chunks(
     act: Activation, unit: Unit, edges: Edges | None = None
 ) -> tuple[Array, Array | None]:
-    margin = unit.taps.kernel.shape[1] // 2
-    height = choose.band_height(unit.x.shape, margin, choose.current_hints())
+    hints, margin = choose.current_hints(), unit.taps.kernel.shape[1] // 2
+    if choose.first_apart(unit.x.shape, margin, hints):
+        return _first_apart(act, unit, edges)
+    height = choose.band_height(unit.x.shape, margin, hints)
     return by_bands(act, height, unit, edges) if height else by_frames(act, unit, edges)
 
 
@@ -165,6 +177,19 @@ def _in_chunks_jvp(static: Any, hints: Hints, primals: Any, tangents: Any) -> An
         # XLA removes the convolution that computes it.
         _, tangent = jax.jvp(jax.checkpoint(plain), primals, tangents)
     return _in_chunks(static, hints, *primals), tangent
+
+
+def _first_apart(act: Activation, unit: Unit, edges: Edges | None) -> tuple[Array, Array | None]:
+    """Runs a unit on the first frame, and then on all others."""
+    past = unit.past
+    of_first, of_rest = (
+        None if edges is None else Edges(*(x[:, start:stop] for x in edges))
+        for start, stop in ((None, past + 1), (1, None))
+    )
+    first, cache = by_frames(act, unit.of_frames(0, 1), of_first)
+    rest = unit.of_frames(1, unit.x.shape[1])._replace(cache=cache)
+    rest, cache = _by_chunks(act, rest, of_rest)
+    return jnp.concatenate([first, rest], axis=1), cache
 
 
 def by_frames(
@@ -304,19 +329,44 @@ def frame_conv(
     bias: Float[Array, " o"],
     geometry: Geometry,
 ) -> Float[Array, "b t h2 w2 o"]:
-    """Convolves every frame by itself, one after the other if `x` is large."""
+    """Convolves every frame by itself, in chunks if `x` is large."""
+    taps = Taps(kernel[None], bias)
     if not choose.in_chunks(x.shape, choose.current_hints()):
-        return valid_conv(x, kernel[None], bias, geometry)
+        return valid_conv(x, *taps, geometry)
 
-    def one_by_one(x: Array, geometry: Geometry) -> Array:
-        def step(carry: None, now: Array) -> tuple[None, Array]:
-            return carry, valid_conv(now, kernel[None], bias, geometry)[:, 0]
+    def run(x: Array, geometry: Geometry) -> Array:
+        # Rows above and below that are not there yet are zeros.
+        rows_reach, _ = geometry.reach
+        reach = (rows_reach, (0, 0))
+        return _resized(padded(x, reach), taps, geometry.within(reach))
 
-        _, y = lax.scan(step, None, jnp.moveaxis(x, 1, 0)[:, :, None])
+    return on_parts(run, x, taps.kernel.shape, geometry)
+
+
+def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
+    """Convolves frames that have rows around them, in bands of rows, or one by one."""
+    shape = conv_shape(x.shape, taps.kernel.shape, geometry)
+    steps = shape[2] // geometry.scale
+    row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps, shape[4]))
+    sizes, hints = (*shape[:2], steps, row, shape[4]), choose.current_hints()
+    if choose.first_apart(sizes, 1, hints):
+        first = valid_conv(x[:, :1], *taps, geometry)
+        return jnp.concatenate([first, _resized(x[:, 1:], taps, geometry)], axis=1)
+    if not (height := choose.band_height(sizes, 1, hints)):
+        moved = jnp.moveaxis(x, 1, 0)[:, :, None]
+        y = lax.map(lambda now: valid_conv(now, *taps, geometry)[:, 0], moved)
         # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
         return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
+    read = x.shape[2] - (steps - height) * geometry.stride
 
-    return on_parts(one_by_one, x, (1, *kernel.shape), geometry)
+    def step(result: Array, i: Array) -> tuple[Array, None]:
+        y = valid_conv(rows(x, i * (height * geometry.stride), read), *taps, geometry)
+        start = i * (height * geometry.scale)
+        return lax.dynamic_update_slice_in_dim(result, y, start, axis=2), None
+
+    (result,) = varying_as(lax.empty(shape, x.dtype), x, *taps)[:1]
+    result, _ = lax.scan(step, result, jnp.arange(steps // height, dtype=jnp.int32))
+    return lax.optimization_barrier(result)
 
 
 __all__ = ["Taps", "Unit", "by_bands", "by_frames", "frame_conv", "in_chunks", "unchunked"]

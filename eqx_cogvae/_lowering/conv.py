@@ -153,13 +153,18 @@ def _conv_shape(x: Any, kernel: Any, *bias: Any, geometry: Geometry, hints: Hint
             f"frames of {x.shape[4]} channels do not fit a kernel (kt, kh, kw, in, out) of "
             f"{kernel.shape}: give as many channels as the kernel takes."
         )
-    enlarged = [side * (2 if geometry.doubles else 1) for side in x.shape[2:4]]
-    sides = [
-        (side + sum(pads) - size) // geometry.stride + 1
-        for side, pads, size in zip(enlarged, geometry.pads, kernel.shape[1:3], strict=True)
-    ]
-    count = x.shape[1] - kernel.shape[0] + 1
-    return _aval((x.shape[0], count, *sides, kernel.shape[4]), x)
+    return _aval(conv_shape(x.shape, kernel.shape, geometry), x)
+
+
+def conv_shape(
+    x: Sequence[Any], kernel: Sequence[Any], geometry: Geometry
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Returns the shape of a convolution's result."""
+    height, width = (
+        (side * geometry.scale + sum(pads) - size) // geometry.stride + 1
+        for side, pads, size in zip(x[2:4], geometry.pads, kernel[1:3], strict=True)
+    )
+    return x[0], x[1] - kernel[0] + 1, height, width, kernel[4]
 
 
 def _by_input_shape(c: Any, kernel: Any, *, size: Any, geometry: Geometry, hints: Hints) -> Any:
@@ -396,6 +401,7 @@ __all__ = [
     "PLATFORMS",
     "Geometry",
     "causal_conv",
+    "conv_shape",
     "flops",
     "on_parts",
     "pointwise_conv",
