@@ -334,36 +334,43 @@ def frame_conv(
     if not choose.in_chunks(x.shape, choose.current_hints()):
         return valid_conv(x, *taps, geometry)
 
-    def run(x: Array, geometry: Geometry) -> Array:
-        # Rows above and below that are not there yet are zeros.
-        rows_reach, _ = geometry.reach
-        reach = (rows_reach, (0, 0))
-        return _resized(padded(x, reach), taps, geometry.within(reach))
-
-    return on_parts(run, x, taps.kernel.shape, geometry)
+    return on_parts(lambda x, rest: _resized(x, taps, rest), x, taps.kernel.shape, geometry)
 
 
 def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
-    """Convolves frames that have rows around them, in bands of rows, or one by one."""
+    """Convolves frames in bands of rows, or one by one."""
     shape = conv_shape(x.shape, taps.kernel.shape, geometry)
-    steps = shape[2] // geometry.scale
+    steps, hints = shape[2] // geometry.scale, choose.current_hints()
     row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps, shape[4]))
-    sizes, hints = (*shape[:2], steps, row, shape[4]), choose.current_hints()
+    sizes = (*shape[:2], steps, row, shape[4])
     if choose.first_apart(sizes, 1, hints):
         first = valid_conv(x[:, :1], *taps, geometry)
         return jnp.concatenate([first, _resized(x[:, 1:], taps, geometry)], axis=1)
-    if not (height := choose.band_height(sizes, 1, hints)):
-        moved = jnp.moveaxis(x, 1, 0)[:, :, None]
-        y = lax.map(lambda now: valid_conv(now, *taps, geometry)[:, 0], moved)
-        # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
-        return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
-    read = x.shape[2] - (steps - height) * geometry.stride
+    height = choose.band_height(sizes, 1, hints)
+    if height:
+        return _resized_by_bands(x, taps, geometry, steps, height)
+    moved = jnp.moveaxis(x, 1, 0)[:, :, None]
+    y = lax.map(lambda now: valid_conv(now, *taps, geometry)[:, 0], moved)
+    # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
+    return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
+
+
+def _resized_by_bands(x: Array, taps: Taps, geometry: Geometry, steps: int, height: int) -> Array:
+    """Convolves frames in bands, of which each makes `height` of `steps` smallest rows."""
+    reach, _ = geometry.reach
+    inner = geometry.within((reach, (0, 0)))
+    stride, scale = geometry.stride, geometry.scale
+    read = x.shape[2] - (steps - height) * stride + sum(reach)
 
     def step(result: Array, i: Array) -> tuple[Array, None]:
-        y = valid_conv(rows(x, i * (height * geometry.stride), read), *taps, geometry)
-        start = i * (height * geometry.scale)
-        return lax.dynamic_update_slice_in_dim(result, y, start, axis=2), None
+        start = i * (height * stride) - reach[0]
+        first = jnp.clip(start, 0, x.shape[2] - read)
+        seen = padded(rows(x, first, read), (reach, (0, 0)))
+        seen = rows(seen, start - first + reach[0], read)
+        y = valid_conv(seen, *taps, inner)
+        return lax.dynamic_update_slice_in_dim(result, y, i * (height * scale), axis=2), None
 
+    shape = conv_shape(x.shape, taps.kernel.shape, geometry)
     (result,) = varying_as(lax.empty(shape, x.dtype), x, *taps)[:1]
     result, _ = lax.scan(step, result, jnp.arange(steps // height, dtype=jnp.int32))
     return lax.optimization_barrier(result)
