@@ -149,7 +149,7 @@ class GroupNorm(eqx.Module):
     @named_scope("eqx_cogvae.GroupNorm")
     def affine(self, x: Float[Array, "b t h w c"]) -> Affine:
         """Computes the affine map that normalises `x`."""
-        mean, variance = moments(at_least_float32(x), self.groups)
+        mean, variance = moments(x, self.groups)
         weight, bias = self.weight.astype(mean.dtype), self.bias.astype(mean.dtype)
         scale = jax.lax.rsqrt(variance + self.eps) * _channels(weight)
         return Affine(mean, scale, _channels(bias))

@@ -232,6 +232,16 @@ def first_apart(x: Sequence[int], margin: int, hints: Hints = Hints()) -> bool:
     return x[1] % 2 == 1 and x[1] > 1 and fits(rest) and not fits(x)
 
 
+def is_first_apart(x: Sequence[Any], hints: Hints = Hints()) -> bool:
+    """Returns True if chunks of `x`, or of its parts, begin with the first frame by itself."""
+    if not in_chunks(x, hints):
+        return False
+    b, t, h, w, c = x
+    rows, columns = parts(x, hints)
+    part = (b * rows * columns, t, h // rows, w // columns, c)
+    return first_apart(part, 1, hints.of_parts())
+
+
 def parts(
     x: Sequence[Any],
     hints: Hints = Hints(),

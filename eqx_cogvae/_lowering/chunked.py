@@ -186,10 +186,24 @@ def _first_apart(act: Activation, unit: Unit, edges: Edges | None) -> tuple[Arra
         None if edges is None else Edges(*(x[:, start:stop] for x in edges))
         for start, stop in ((None, past + 1), (1, None))
     )
-    first, cache = by_frames(act, unit.of_frames(0, 1), of_first)
+    first, cache = _alone(act, unit.of_frames(0, 1), of_first)
     rest = unit.of_frames(1, unit.x.shape[1])._replace(cache=cache)
     rest, cache = _by_chunks(act, rest, of_rest)
     return jnp.concatenate([first, rest], axis=1), cache
+
+
+def _alone(act: Activation, unit: Unit, edges: Edges | None) -> tuple[Array, Array | None]:
+    """Runs a unit on a single frame."""
+    x, past = unit.x, unit.past
+    normed = act(unit.affine.in_cells(x[..., : unit.channels])).astype(x.dtype)
+    before = jnp.repeat(normed, past, axis=1) if unit.cache is None else unit.cache
+    seen = jnp.concatenate([before, normed], axis=1)
+    geometry = unit.geometry
+    if edges is not None:
+        seen, geometry = edges.around(seen), geometry.within(edges.sizes)
+    y = unit.joined(valid_conv(seen, *unit.taps, geometry), x, unit.residual)
+    y = _pinned(y)
+    return y, jnp.concatenate([before[:, 1:], normed], axis=1) if past else None
 
 
 def by_frames(
@@ -199,7 +213,7 @@ def by_frames(
 
     If `edges` are given, frames are convolved with those around them, else with zeros.
     """
-    count, pinned = unit.x.shape[1], choose.pins_layout(unit.x.shape, choose.current_hints())
+    count = unit.x.shape[1]
     geometry = unit.geometry if edges is None else unit.geometry.within(edges.sizes)
 
     def normed(now: Array, i: Array) -> Array:
@@ -221,13 +235,20 @@ def by_frames(
         seen = (*past, with_edges(normed(now, i), len(past) + i))
         y = valid_conv(jnp.concatenate(seen, axis=1), *unit.taps, geometry)
         y = unit.joined(y, now, None if unit.residual is None else frame(result, i))
-        y = with_layout_constraint(y, Layout(tuple(range(y.ndim)))) if pinned else y
+        y = _pinned(y)
         return (lax.dynamic_update_slice_in_dim(result, y, i, axis=1), seen[1:]), None
 
     index = jnp.arange(count, dtype=jnp.int32)
     buffer = unit._replace(x=x).output_buffer()
     (result, _), _ = lax.scan(step, _carry(buffer, past, unit), index)
     return lax.optimization_barrier((result, cache))
+
+
+def _pinned(x: Array) -> Array:
+    """Fixes the layout of huge frames."""
+    if not choose.pins_layout(x.shape, choose.current_hints()):
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _caches(normed: Callable[[Array, Array], Array], unit: Unit) -> tuple[Array, Any, Any]:
@@ -344,7 +365,7 @@ def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
     row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps, shape[4]))
     sizes = (*shape[:2], steps, row, shape[4])
     if choose.first_apart(sizes, 1, hints):
-        first = valid_conv(x[:, :1], *taps, geometry)
+        first = _pinned(valid_conv(_pinned(x[:, :1]), *taps, geometry))
         return jnp.concatenate([first, _resized(x[:, 1:], taps, geometry)], axis=1)
     height = choose.band_height(sizes, 1, hints)
     if height:
