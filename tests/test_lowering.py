@@ -12,10 +12,10 @@ from jax import lax
 from reference import distance, from_torch, normal, to_torch
 
 from eqx_cogvae import _layers, _resnet
-from eqx_cogvae._lowering import choose, chunked, conv as lowering
+from eqx_cogvae._lowering import choose, chunked, conv as lowering, loops
 from eqx_cogvae._lowering.affine import Affine
 from eqx_cogvae._lowering.choose import Geometry, Hints, Spec, Thresholds
-from eqx_cogvae._lowering.chunked import Taps, Unit
+from eqx_cogvae._lowering.units import Taps, Unit
 from eqx_cogvae._meshes import Split
 
 KEY = jax.random.key(0)
@@ -447,8 +447,8 @@ def test_chunks_are_the_whole(unit):
     """Frame by frame, and in bands: the first, those with rows above and below, and the last."""
     unit = a_unit(*unit)
     due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
-    close(jax.jit(functools.partial(chunked.by_frames, jax.nn.silu))(unit), due)
-    close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
+    close(jax.jit(functools.partial(loops.by_frames, jax.nn.silu))(unit), due)
+    close(jax.jit(functools.partial(loops.by_bands, jax.nn.silu, 8))(unit), due)
 
 
 @pytest.mark.usefixtures("memory_as_it_was")
@@ -460,7 +460,7 @@ def test_bands_of_other_kernels(sizes):
     """Of one tap in time, of no rows around, and of many."""
     unit = a_unit((7, 3), 3, False, "beside", sizes)
     due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
-    close(jax.jit(functools.partial(chunked.by_bands, jax.nn.silu, 8))(unit), due)
+    close(jax.jit(functools.partial(loops.by_bands, jax.nn.silu, 8))(unit), due)
 
 
 SPLITS = (Split(height=3, width=5), Split(height=2), Split(width=5))
@@ -518,7 +518,7 @@ def test_chunks_where_integers_have_64_bits(dtype):
     with jax.enable_x64(True):
         unit = a_unit((12, 5), 3, True, None, dtype=dtype)
         due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
-        for run in (chunked.by_frames, functools.partial(chunked.by_bands, height=8)):
+        for run in (loops.by_frames, functools.partial(loops.by_bands, height=8)):
             got = jax.jit(lambda unit, run=run: run(jax.nn.silu, unit=unit))(unit)
             assert all(y.dtype == dtype for y in got)
             close(got, due)
@@ -527,7 +527,7 @@ def test_chunks_where_integers_have_64_bits(dtype):
 def test_chunks_in_half_precision():
     unit = a_unit((12, 5), 8, True, None, dtype=jnp.bfloat16)
     due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
-    for run in (chunked.by_frames, functools.partial(chunked.by_bands, height=8)):
+    for run in (loops.by_frames, functools.partial(loops.by_bands, height=8)):
         got = jax.jit(lambda unit, run=run: run(jax.nn.silu, unit=unit))(unit)
         assert all(y.dtype == jnp.bfloat16 for y in got)
         close(got, due, 1e-2)

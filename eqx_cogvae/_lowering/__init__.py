@@ -5,7 +5,8 @@
 - `parts`: frames that devices share, as clips with the pixels of their neighbours.
 - `moments`: the mean and the variance that a group norm needs.
 - `affine`: the map that a norm applies.
-- `chunked`, `blocks`: a norm, an activation and a convolution on large arrays, chunk by chunk.
+- `units`, `blocks`: a norm, an activation and a convolution, and blocks of them.
+- `chunked`, `loops`, `resized`: these, and what changes the size of frames, on large arrays.
 """
 
 from .affine import Affine as Affine, nearest as nearest, repeat_frames as repeat_frames
@@ -17,10 +18,11 @@ from .blocks import (
     scheduled as scheduled,
 )
 from .choose import Geometry as Geometry
-from .chunked import Taps as Taps, frame_conv as frame_conv
 from .conv import (
     causal_conv as causal_conv,
     pointwise_conv as pointwise_conv,
     valid_conv as valid_conv,
 )
 from .moments import moments as moments
+from .resized import frame_conv as frame_conv
+from .units import Taps as Taps

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from .._types import ResnetCache
 from . import choose, chunked
-from .chunked import Activation, Taps, Unit
+from .units import Activation, Taps, Unit
 
 _F = TypeVar("_F", bound=Callable)
 

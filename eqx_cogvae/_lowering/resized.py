@@ -1,0 +1,72 @@
+"""Convolves frames one by one: convolutions that halve or double height and width."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from .._meshes import varying_as
+from . import choose
+from .affine import rows
+from .choose import Geometry
+from .conv import conv_shape, on_parts, valid_conv
+from .frames import padded
+from .loops import pinned
+from .units import Taps
+
+
+def frame_conv(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "kh kw i o"],
+    bias: Float[Array, " o"],
+    geometry: Geometry,
+) -> Float[Array, "b t h2 w2 o"]:
+    """Convolves every frame by itself, in chunks if `x` is large."""
+    taps = Taps(kernel[None], bias)
+    if not choose.in_chunks(x.shape, choose.current_hints()):
+        return valid_conv(x, *taps, geometry)
+
+    return on_parts(lambda x, rest: _resized(x, taps, rest), x, taps.kernel.shape, geometry)
+
+
+def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
+    """Convolves frames in bands of rows, or one by one."""
+    shape = conv_shape(x.shape, taps.kernel.shape, geometry)
+    steps, hints = shape[2] // geometry.scale, choose.current_hints()
+    row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps, shape[4]))
+    sizes = (*shape[:2], steps, row, shape[4])
+    if choose.first_apart(sizes, 1, hints):
+        first = pinned(valid_conv(pinned(x[:, :1]), *taps, geometry))
+        return jnp.concatenate([first, _resized(x[:, 1:], taps, geometry)], axis=1)
+    height = choose.band_height(sizes, 1, hints)
+    if height:
+        return _resized_by_bands(x, taps, geometry, steps, height)
+    moved = jnp.moveaxis(x, 1, 0)[:, :, None]
+    y = lax.map(lambda now: valid_conv(now, *taps, geometry)[:, 0], moved)
+    # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
+    return lax.optimization_barrier(jnp.moveaxis(y, 0, 1))
+
+
+def _resized_by_bands(x: Array, taps: Taps, geometry: Geometry, steps: int, height: int) -> Array:
+    """Convolves frames in bands, of which each makes `height` of `steps` smallest rows."""
+    reach, _ = geometry.reach
+    inner = geometry.within((reach, (0, 0)))
+    stride, scale = geometry.stride, geometry.scale
+    read = x.shape[2] - (steps - height) * stride + sum(reach)
+
+    def step(result: Array, i: Array) -> tuple[Array, None]:
+        start = i * (height * stride) - reach[0]
+        first = jnp.clip(start, 0, x.shape[2] - read)
+        seen = padded(rows(x, first, read), (reach, (0, 0)))
+        seen = rows(seen, start - first + reach[0], read)
+        y = valid_conv(seen, *taps, inner)
+        return lax.dynamic_update_slice_in_dim(result, y, i * (height * scale), axis=2), None
+
+    shape = conv_shape(x.shape, taps.kernel.shape, geometry)
+    (result,) = varying_as(lax.empty(shape, x.dtype), x, *taps)[:1]
+    result, _ = lax.scan(step, result, jnp.arange(steps // height, dtype=jnp.int32))
+    return lax.optimization_barrier(result)
+
+
+__all__ = ["frame_conv"]
