@@ -15,6 +15,8 @@ from eqx_cogvae import _layers, _resnet
 from eqx_cogvae._lowering import choose, chunked, conv as lowering, loops
 from eqx_cogvae._lowering.affine import Affine
 from eqx_cogvae._lowering.choose import Geometry, Hints, Spec, Thresholds
+from eqx_cogvae._lowering.moments import moments
+from eqx_cogvae._lowering.resized import frame_conv
 from eqx_cogvae._lowering.units import Taps, Unit
 from eqx_cogvae._meshes import Split
 
@@ -393,6 +395,41 @@ def test_bands_are_of_as_many_frames_as_fill_a_tpus_rows(frames, full):
     assert bool(choose.band_height((1, frames, 16, 16, 8), 1)) == full
 
 
+@pytest.mark.parametrize(
+    ("frames", "apart"), [(1, False), (3, False), (4, False), (5, True), (9, True), (17, False)]
+)
+def test_the_first_frame_is_apart_if_the_rest_fills_a_tpus_rows(frames, apart):
+    shape, hints = (2, frames, 16, 16, 8), Hints(thresholds=CHUNKED)
+    assert choose.first_apart(shape, 1, hints) == apart
+    assert choose.is_first_apart(shape, hints) == apart
+    assert not choose.is_first_apart(shape), "too small for chunks"
+    split = Hints(Split(height=2, width=8), CHUNKED)
+    assert choose.is_first_apart(shape, split) == apart
+    assert not choose.is_first_apart(shape, Hints(Split(height=8), CHUNKED)), "too few rows"
+
+
+@pytest.mark.parametrize("split", [Split(), Split(height=2, width=4)], ids=["one", "parts"])
+@pytest.mark.parametrize("frames", [8, 9])
+def test_moments_of_large_arrays(frames, split):
+    """With the first frame apart, in float64 by NumPy, and their derivatives by JAX."""
+    x, tangent = 3 + 2 * normal((2, frames, 16, 8, 6)), normal((2, frames, 16, 8, 6), 1)
+
+    def run(x):
+        with choose.using(Hints(split, CHUNKED)):
+            return moments(x, 2)
+
+    def plain(x):
+        groups = x.reshape(2, -1, 2, 3)
+        found = (fn(groups, axis=(1, 3), keepdims=True) for fn in (jnp.mean, jnp.var))
+        return tuple(jnp.repeat(each, 3, axis=3).reshape(2, 1, 1, 1, 6) for each in found)
+
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(np.asarray(each, np.float64)) for each in (x, tangent))
+        due = [np.asarray(each) for each in jax.tree.leaves(jax.jvp(plain, *((a,) for a in wide)))]
+    for got, expected in zip(jax.tree.leaves(jax.jvp(run, (x,), (tangent,))), due, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 # Chunks.
 
 
@@ -447,6 +484,9 @@ def test_chunks_are_the_whole(unit):
     """Frame by frame, and in bands: the first, those with rows above and below, and the last."""
     unit = a_unit(*unit)
     due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
+    if unit.x.shape[1] in (5, 9):  # The first frame is by itself, the others are in bands.
+        with choose.thresholds(CHUNKED):
+            close(jax.jit(functools.partial(chunked.in_chunks, jax.nn.silu))(unit), due)
     close(jax.jit(functools.partial(loops.by_frames, jax.nn.silu))(unit), due)
     close(jax.jit(functools.partial(loops.by_bands, jax.nn.silu, 8))(unit), due)
 
@@ -501,6 +541,20 @@ def test_convolutions_of_parts_are_those_of_the_whole(geometry, platform):
     due = results(Split())
     for split in (Split(height=2, width=5), Split(width=2)):
         close(results(split), due, 1e-5)
+
+
+@pytest.mark.usefixtures("memory_as_it_was")
+@pytest.mark.parametrize("split", [Split(), Split(height=2, width=5)], ids=["one", "parts"])
+@pytest.mark.parametrize("geometry", [DOUBLING, STRIDED], ids=["doubling", "strided"])
+@pytest.mark.parametrize("frames", [2, 9, 10])
+def test_resizing_in_chunks(frames, geometry, split):
+    """In bands of all frames, in bands after a first frame, and frame by frame."""
+    x, kernel, bias = normal((2, frames, 32, 20, 6)), normal((3, 3, 6, 5), 1), normal((5,), 2)
+    due = jax.jit(lambda *args: lowering.valid_conv(*args, geometry))(x, kernel[None], bias)
+    run = functools.partial(frame_conv, geometry=geometry)
+    with choose.using(Hints(split, CHUNKED)):
+        assert "while" in jax.jit(run).lower(x, kernel, bias).as_text()
+        close(jax.jit(run)(x, kernel, bias), due)
 
 
 @pytest.mark.usefixtures("memory_as_it_was")
