@@ -245,6 +245,23 @@ def test_moments_of_all_devices_are_exchanged_at_once():
     assert exchanges == ["all-reduce"]
 
 
+@pytest.mark.parametrize("kind", ["causal", "down", "up"])
+def test_convolutions_exchange_their_edges_once(kind):
+    """Two parts are in a row, and two in a column: both of a pair send at once."""
+    key, mesh = jax.random.key(0), mesh_of((2, 2, 2))
+    layer = {
+        "causal": lambda: _layers.CausalConv3d(8, 8, key=key),
+        "down": lambda: _layers.Downsample(8, True, key=key),
+        "up": lambda: _layers.Upsample(8, True, key=key),
+    }[kind]()
+    x = normal((2, 3, 16, 12, 8))
+    cut = cv.sharded(lambda x: layer(x), mesh, **AXES)
+    program = eqx.filter_jit(cut).lower(cut._placed(x)).compile()
+    check(program, (cut._placed(x),), layer(x))
+    exchanges = re.findall(r" (all-[a-z]+|collective-[a-z]+)\(", program.compiled.as_text())
+    assert exchanges == ["collective-permute"] * 2
+
+
 @pytest.mark.parametrize(("frames", "sizes", "edges"), [(3, (2, 2, 2), 2), (5, (2, 4, 1), 2)])
 def test_chunks_exchange_their_edges_before_the_loop(frames, sizes, edges):
     """In bands and frame by frame: so many exchanges for each convolution, one for each norm."""
