@@ -262,9 +262,16 @@ def test_convolutions_exchange_their_edges_once(kind):
     assert exchanges == ["collective-permute"] * 2
 
 
-@pytest.mark.parametrize(("frames", "sizes", "edges"), [(3, (2, 2, 2), 2), (5, (2, 4, 1), 2)])
+@pytest.mark.parametrize(
+    ("frames", "sizes", "edges"),
+    [
+        pytest.param(3, (2, 2, 2), 2, id="bands"),
+        pytest.param(5, (2, 2, 2), 4, id="first apart"),
+        pytest.param(5, (2, 4, 1), 2, id="frames"),
+    ],
+)
 def test_chunks_exchange_their_edges_before_the_loop(frames, sizes, edges):
-    """In bands and frame by frame: so many exchanges for each convolution, one for each norm."""
+    """So many for each convolution, and one for each norm."""
     options = {"groups": 4, "eps": 1e-6, "act_fn": "silu", "latents": 3, "pad_mode": "first"}
     block = _resnet.ResnetBlock(8, 8, **options, key=jax.random.key(0))
     x, z, mesh = normal((4, frames, 16, 24, 8)), normal((4, 3, 8, 6, 3), 1), mesh_of(sizes)

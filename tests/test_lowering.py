@@ -400,7 +400,6 @@ def test_bands_are_of_as_many_frames_as_fill_a_tpus_rows(frames, full):
 )
 def test_the_first_frame_is_apart_if_the_rest_fills_a_tpus_rows(frames, apart):
     shape, hints = (2, frames, 16, 16, 8), Hints(thresholds=CHUNKED)
-    assert choose.first_apart(shape, 1, hints) == apart
     assert choose.is_first_apart(shape, hints) == apart
     assert not choose.is_first_apart(shape), "too small for chunks"
     split = Hints(Split(height=2, width=8), CHUNKED)

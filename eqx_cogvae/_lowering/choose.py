@@ -225,21 +225,18 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     return found if found >= max(margin, limits.band_min_rows) else 0
 
 
-def first_apart(x: Sequence[int], margin: int, hints: Hints = Hints()) -> bool:
-    """Returns True if the first frame of `x` is processed by itself, so that the rest has bands."""
-    rest = (x[0], x[1] - 1, *x[2:])
-    fits = lambda x: band_height(x, margin, hints) > 0  # noqa: E731
-    return x[1] % 2 == 1 and x[1] > 1 and fits(rest) and not fits(x)
-
-
 def is_first_apart(x: Sequence[Any], hints: Hints = Hints()) -> bool:
-    """Returns True if chunks of `x`, or of its parts, begin with the first frame by itself."""
-    if not in_chunks(x, hints):
+    """Returns True if the first frame of `x` is processed by itself, so that the rest has bands."""
+    if not in_chunks(x, hints) or x[1] % 2 == 0:
         return False
     b, t, h, w, c = x
     rows, columns = parts(x, hints)
-    part = (b * rows * columns, t, h // rows, w // columns, c)
-    return first_apart(part, 1, hints.of_parts())
+
+    def has_bands(frames: int) -> bool:
+        part = (b * rows * columns, frames, h // rows, w // columns, c)
+        return band_height(part, 1, hints.of_parts() if rows * columns > 1 else hints) > 0
+
+    return has_bands(t - 1) and not has_bands(t)
 
 
 def parts(

@@ -10,6 +10,7 @@ intermediates of every chunk.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -46,12 +47,12 @@ def _in_chunks(
     act = eqx.combine(static, parameters)
     # Derivatives are traced after the context that the hints came from has ended.
     with choose.using(hints):
-        kernel, shape = unit.taps.kernel.shape, unit.x.shape
-        parts = Parts(*choose.parts(shape, hints, kernel[1:3], unit.geometry))
-        if parts.number == 1:
-            return _by_chunks(act, unit)
-        y, cache = _by_chunks_of_parts(act, unit, parts)
-        return parts.as_frames(y), None if cache is None else parts.as_frames(cache)
+        if not choose.is_first_apart(unit.x.shape, hints):
+            return _on_parts(_by_chunks, act, unit)
+        first, cache = _on_parts(_alone, act, unit.of_frames(0, 1))
+        rest = unit.of_frames(1, unit.x.shape[1])._replace(cache=cache)
+        rest, cache = _on_parts(_by_chunks, act, rest)
+        return jnp.concatenate([first, rest], axis=1), cache
 
 
 @_in_chunks.defjvp
@@ -66,8 +67,12 @@ def _in_chunks_jvp(static: Any, hints: Hints, primals: Any, tangents: Any) -> An
     return _in_chunks(static, hints, *primals), tangent
 
 
-def _by_chunks_of_parts(act: Activation, unit: Unit, parts: Parts) -> tuple[Array, Array | None]:
-    """Runs a unit on parts of frames, and returns what becomes of each part."""
+def _on_parts(run: Callable, act: Activation, unit: Unit) -> tuple[Array, Array | None]:
+    """Calls `run` with a unit, whose frames' parts are clips if devices share the frames."""
+    hints, kernel = choose.current_hints(), unit.taps.kernel.shape
+    parts = Parts(*choose.parts(unit.x.shape, hints, kernel[1:3], unit.geometry))
+    if parts.number == 1:
+        return run(act, unit, None)
     clips = lambda x: None if x is None else parts.as_clips(x)  # noqa: E731
     unit = unit._replace(
         affine=parts.of_affine(unit.affine, unit.x.shape[1:4]),
@@ -75,11 +80,11 @@ def _by_chunks_of_parts(act: Activation, unit: Unit, parts: Parts) -> tuple[Arra
         cache=clips(unit.cache),
         residual=clips(unit.residual),
     )
-    edges = _edges(act, unit, parts)
-    # The loop may overwrite `x`.
-    x, edges = lax.optimization_barrier((unit.x, edges))
-    with choose.using(choose.current_hints().of_parts()):
-        return _by_chunks(act, unit._replace(x=x), edges)
+    # A loop may overwrite `x`.
+    x, edges = lax.optimization_barrier((unit.x, _edges(act, unit, parts)))
+    with choose.using(hints.of_parts()):
+        y, cache = run(act, unit._replace(x=x), edges)
+    return parts.as_frames(y), None if cache is None else parts.as_frames(cache)
 
 
 def _edges(act: Activation, unit: Unit, parts: Parts) -> Edges:
@@ -98,27 +103,11 @@ def _edges(act: Activation, unit: Unit, parts: Parts) -> Edges:
     return parts.edges(shape[2:4], unit.geometry.reach, pixels)
 
 
-def _by_chunks(
-    act: Activation, unit: Unit, edges: Edges | None = None
-) -> tuple[Array, Array | None]:
-    hints, margin = choose.current_hints(), unit.taps.kernel.shape[1] // 2
-    if choose.first_apart(unit.x.shape, margin, hints):
-        return _first_apart(act, unit, edges)
-    height = choose.band_height(unit.x.shape, margin, hints)
+def _by_chunks(act: Activation, unit: Unit, edges: Edges | None) -> tuple[Array, Array | None]:
+    """Runs a unit on bands of all frames, or if there are none frame by frame."""
+    margin = unit.taps.kernel.shape[1] // 2
+    height = choose.band_height(unit.x.shape, margin, choose.current_hints())
     return by_bands(act, height, unit, edges) if height else by_frames(act, unit, edges)
-
-
-def _first_apart(act: Activation, unit: Unit, edges: Edges | None) -> tuple[Array, Array | None]:
-    """Runs a unit on the first frame, and then on all others."""
-    past = unit.past
-    of_first, of_rest = (
-        None if edges is None else Edges(*(x[:, start:stop] for x in edges))
-        for start, stop in ((None, past + 1), (1, None))
-    )
-    first, cache = _alone(act, unit.of_frames(0, 1), of_first)
-    rest = unit.of_frames(1, unit.x.shape[1])._replace(cache=cache)
-    rest, cache = _by_chunks(act, rest, of_rest)
-    return jnp.concatenate([first, rest], axis=1), cache
 
 
 def _alone(act: Activation, unit: Unit, edges: Edges | None) -> tuple[Array, Array | None]:

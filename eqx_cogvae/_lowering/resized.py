@@ -23,23 +23,23 @@ def frame_conv(
     geometry: Geometry,
 ) -> Float[Array, "b t h2 w2 o"]:
     """Convolves every frame by itself, in chunks if `x` is large."""
-    taps = Taps(kernel[None], bias)
-    if not choose.in_chunks(x.shape, choose.current_hints()):
+    taps, hints = Taps(kernel[None], bias), choose.current_hints()
+    if not choose.in_chunks(x.shape, hints):
         return valid_conv(x, *taps, geometry)
-
+    if choose.is_first_apart(x.shape, hints):
+        first = pinned(valid_conv(pinned(x[:, :1]), *taps, geometry))
+        rest = frame_conv(x[:, 1:], kernel, bias, geometry)
+        return jnp.concatenate([first, rest], axis=1)
     return on_parts(lambda x, rest: _resized(x, taps, rest), x, taps.kernel.shape, geometry)
 
 
 def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
     """Convolves frames in bands of rows, or one by one."""
     shape = conv_shape(x.shape, taps.kernel.shape, geometry)
-    steps, hints = shape[2] // geometry.scale, choose.current_hints()
+    steps = shape[2] // geometry.scale
     row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps, shape[4]))
     sizes = (*shape[:2], steps, row, shape[4])
-    if choose.first_apart(sizes, 1, hints):
-        first = pinned(valid_conv(pinned(x[:, :1]), *taps, geometry))
-        return jnp.concatenate([first, _resized(x[:, 1:], taps, geometry)], axis=1)
-    height = choose.band_height(sizes, 1, hints)
+    height = choose.band_height(sizes, 1, choose.current_hints())
     if height:
         return _resized_by_bands(x, taps, geometry, steps, height)
     moved = jnp.moveaxis(x, 1, 0)[:, :, None]
