@@ -316,12 +316,12 @@ def at_once(shallow_vae):
     [
         pytest.param(Split(), "cpu", id="bands-cpu", marks=pytest.mark.full),
         pytest.param(Split(), "tpu", id="bands-tpu"),
-        pytest.param(Split(height=2), "cpu", id="frames-cpu", marks=pytest.mark.full),
-        pytest.param(Split(height=2), "tpu", id="frames-tpu", marks=pytest.mark.full),
+        pytest.param(Split(height=2), "cpu", id="parts-cpu", marks=pytest.mark.full),
+        pytest.param(Split(height=2), "tpu", id="parts-tpu", marks=pytest.mark.full),
     ],
 )
 def test_large_videos_in_chunks(split, platform, shallow_vae, at_once):
-    """In bands of rows, or frame by frame where devices hold rows: the same, gradients too."""
+    """In bands of rows, and in bands of the parts that two devices hold: gradients too."""
     vae = shallow_vae
     names = ("chunk_elements", "band_elements", "huge_frame_pixels")
     limits = Thresholds(**dict.fromkeys(names, 1), product_min_channels=1)

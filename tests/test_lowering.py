@@ -1,6 +1,7 @@
 """Convolutions by every lowering, their derivatives, what is chosen where, and chunks."""
 
 import functools
+from unittest import mock
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 from reference import distance, from_torch, normal, to_torch
 
 from eqx_cogvae import _layers, _resnet
-from eqx_cogvae._lowering import choose, chunked, conv as lowering, loops
+from eqx_cogvae._lowering import choose, chunked, conv as lowering, loops, resized
 from eqx_cogvae._lowering.affine import Affine
 from eqx_cogvae._lowering.choose import Geometry, Hints, Spec, Thresholds
 from eqx_cogvae._lowering.moments import moments
@@ -405,6 +406,7 @@ def test_the_first_frame_is_apart_if_the_rest_fills_a_tpus_rows(frames, apart):
     split = Hints(Split(height=2, width=8), CHUNKED)
     assert choose.is_first_apart(shape, split) == apart
     assert not choose.is_first_apart(shape, Hints(Split(height=8), CHUNKED)), "too few rows"
+    assert not choose.is_first_apart((1, 3, 62, 720, 128)), "no bands, of two frames taller ones"
 
 
 @pytest.mark.parametrize("split", [Split(), Split(height=2, width=4)], ids=["one", "parts"])
@@ -546,14 +548,16 @@ def test_convolutions_of_parts_are_those_of_the_whole(geometry, platform):
 @pytest.mark.parametrize("split", [Split(), Split(height=2, width=5)], ids=["one", "parts"])
 @pytest.mark.parametrize("geometry", [DOUBLING, STRIDED], ids=["doubling", "strided"])
 @pytest.mark.parametrize("frames", [2, 9, 10])
-def test_resizing_in_chunks(frames, geometry, split):
+def test_resizing_in_chunks(frames, geometry, split, monkeypatch):
     """In bands of all frames, in bands after a first frame, and frame by frame."""
     x, kernel, bias = normal((2, frames, 32, 20, 6)), normal((3, 3, 6, 5), 1), normal((5,), 2)
     due = jax.jit(lambda *args: lowering.valid_conv(*args, geometry))(x, kernel[None], bias)
     run = functools.partial(frame_conv, geometry=geometry)
+    bands = mock.Mock(wraps=resized._resized_by_bands)
+    monkeypatch.setattr(resized, "_resized_by_bands", bands)
     with choose.using(Hints(split, CHUNKED)):
-        assert "while" in jax.jit(run).lower(x, kernel, bias).as_text()
         close(jax.jit(run)(x, kernel, bias), due)
+    assert bands.call_count == (frames != 10)
 
 
 @pytest.mark.usefixtures("memory_as_it_was")
@@ -566,24 +570,48 @@ def test_parts_with_other_kernels(sizes):
         close(jax.jit(functools.partial(chunked.in_chunks, jax.nn.silu))(unit), due)
 
 
+@pytest.mark.parametrize("split", [Split(), Split(height=2, width=5)], ids=["one", "parts"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_chunks_where_integers_have_64_bits(dtype):
-    with jax.enable_x64(True):
+def test_chunks_where_integers_have_64_bits(dtype, split):
+    with jax.enable_x64(True), choose.using(Hints(split, CHUNKED)):
         unit = a_unit((12, 5), 3, True, None, dtype=dtype)
         due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
-        for run in (loops.by_frames, functools.partial(loops.by_bands, height=8)):
-            got = jax.jit(lambda unit, run=run: run(jax.nn.silu, unit=unit))(unit)
+        runs = [chunked.in_chunks] if split.devices > 1 else [loops.by_frames, in_bands]
+        for run in runs:
+            got = jax.jit(functools.partial(run, jax.nn.silu))(unit)
             assert all(y.dtype == dtype for y in got)
             close(got, due)
+        resized = jax.jit(functools.partial(frame_conv, geometry=DOUBLING))
+        x, kernel, bias = unit.x, unit.taps.kernel[0], unit.taps.bias
+        whole = jax.jit(lambda *args: lowering.valid_conv(*args, DOUBLING))(x, kernel[None], bias)
+        close(resized(x, kernel, bias), whole)
 
 
-def test_chunks_in_half_precision():
+@pytest.mark.parametrize("split", [Split(), Split(height=2, width=5)], ids=["one", "parts"])
+def test_chunks_in_half_precision(split):
     unit = a_unit((12, 5), 8, True, None, dtype=jnp.bfloat16)
     due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
-    for run in (loops.by_frames, functools.partial(loops.by_bands, height=8)):
-        got = jax.jit(lambda unit, run=run: run(jax.nn.silu, unit=unit))(unit)
+    runs = [chunked.in_chunks] if split.devices > 1 else [loops.by_frames, in_bands]
+    for run in runs:
+        with choose.using(Hints(split, CHUNKED)):
+            got = jax.jit(functools.partial(run, jax.nn.silu))(unit)
         assert all(y.dtype == jnp.bfloat16 for y in got)
         close(got, due, 1e-2)
+
+
+def in_bands(act, unit):
+    return loops.by_bands(act, 8, unit)
+
+
+@pytest.mark.parametrize("split", [Split(), Split(height=2, width=5)], ids=["one", "parts"])
+def test_a_mean_for_each_frame(split):
+    """Of a user's norm, where the first frame is apart."""
+    unit = a_unit(None, 5, True, "residual")
+    draw = lambda seed: normal((2, 5, 1, 1, 16), seed)  # noqa: E731
+    unit = unit._replace(affine=Affine(draw(1), draw(2), draw(3)))
+    due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
+    with choose.using(Hints(split, CHUNKED)):
+        close(jax.jit(functools.partial(chunked.in_chunks, jax.nn.silu))(unit), due)
 
 
 @pytest.mark.parametrize(

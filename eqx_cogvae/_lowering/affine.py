@@ -14,7 +14,8 @@ class Affine(NamedTuple):
     """The map `x -> (x - mean) * scale + shift`, which normalises `x`.
 
     `scale` and `shift` may be of lower resolution than `x`: each pixel takes its nearest
-    neighbour, as `nearest` does. Each clip and channel has one mean, or one for each frame.
+    neighbour, as `nearest` does. Both have the same resolution, and one for each clip if it is more
+    than a pixel. Each clip and channel has one mean, or one for each frame.
     """
 
     mean: Float[Array, "b _t 1 1 c"]
@@ -27,7 +28,7 @@ class Affine(NamedTuple):
 
     def with_rows(self, frames: int, height: int) -> "Affine":
         """Returns the same map with a row of `scale` and `shift` for each row of each frame."""
-        if self.scale.shape[1:3] == (1, 1):
+        if self.scale.shape[2] == 1:
             return self
         scale, shift = (
             _repeat(repeat_frames(s, frames), height, axis=2) for s in (self.scale, self.shift)

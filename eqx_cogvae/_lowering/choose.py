@@ -63,7 +63,11 @@ class Hints:
     """Facts about the whole program that the shapes of one operation do not show."""
 
     split: Split = _ONE_DEVICE
-    """Numbers of devices that batch, height and width are split over."""
+    """Numbers of devices that batch, height and width are split over.
+
+    Frames that devices share are divided into `parts`, which are clips of a batch. Height and width
+    are split only where that is not possible: XLA's partitioner then divides the work.
+    """
     thresholds: Thresholds = Thresholds()
     """Sizes that decide. Tests and tuning replace them."""
     platform: str | None = None
@@ -171,7 +175,8 @@ def _on_tpu(geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: 
         return "summed"
     if frames == kernel[0] and _is_huge(x, hints):
         return "sequential"
-    if hints.split.within_frames:  # The products' shifted rows would make XLA gather whole frames.
+    if hints.split.within_frames:
+        # The products' shifted rows would make XLA gather frames that cannot be divided into parts.
         return "summed"
     small = _known(x) and _share(x, hints) < limits.product_max_elements
     return "products" if small and channels >= limits.product_min_channels else "channels"
@@ -181,7 +186,7 @@ def _suits_winograd(
     geometry: Geometry, x: Sequence[Any], kernel: Sequence[int], hints: Hints
 ) -> bool:
     """Returns True if Winograd's algorithm is faster than a sum of direct 2D convolutions."""
-    # It reads shifted rows. If rows are split over devices, XLA gathers whole frames.
+    # It reads shifted rows. XLA would gather frames that cannot be divided into parts.
     unsuitable = tuple(kernel[1:3]) != (3, 3) or geometry.stride > 1
     if unsuitable or not _known(x) or hints.split.within_frames:
         return False
@@ -206,9 +211,8 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     """Returns the height of the equal bands of rows that `x` is processed in, or 0 for none.
 
     There are none if height is split over devices, because XLA would gather the rows; parts of such
-    frames can be clips of their own. There are none either if a TPU would waste more than half of
-    the frames' memory: it pads their number to a multiple of 8, or to 4. The rule is the same on
-    every platform.
+    frames can be clips of their own. There are none either if a TPU would waste memory on so many
+    frames. The rule is the same on every platform.
 
     **Arguments:**
 
@@ -216,8 +220,7 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     - `margin`: number of rows above a band, and below it, that its result depends on.
     """
     limits, frames, height = hints.thresholds, x[1], x[2]
-    empty = -frames % 8 if frames > 4 else 0
-    if hints.split.height > 1 or 2 * empty > frames:
+    if hints.split.height > 1 or not _fills_rows(frames):
         return 0
     most = limits.band_elements * height // _share(x, hints)
     most = min(max(most, limits.band_always_rows), height // 2)
@@ -225,18 +228,23 @@ def band_height(x: Sequence[int], margin: int, hints: Hints = Hints()) -> int:
     return found if found >= max(margin, limits.band_min_rows) else 0
 
 
+def _fills_rows(frames: int) -> bool:
+    """Returns True if a TPU wastes at most half of the memory of so many frames.
+
+    It pads their number to a multiple of 8, or to 4.
+    """
+    return frames <= 4 or 2 * (-frames % 8) <= frames
+
+
 def is_first_apart(x: Sequence[Any], hints: Hints = Hints()) -> bool:
     """Returns True if the first frame of `x` is processed by itself, so that the rest has bands."""
-    if not in_chunks(x, hints) or x[1] % 2 == 0:
+    if not in_chunks(x, hints) or _fills_rows(x[1]):
         return False
     b, t, h, w, c = x
     rows, columns = parts(x, hints)
-
-    def has_bands(frames: int) -> bool:
-        part = (b * rows * columns, frames, h // rows, w // columns, c)
-        return band_height(part, 1, hints.of_parts() if rows * columns > 1 else hints) > 0
-
-    return has_bands(t - 1) and not has_bands(t)
+    if rows * columns > 1:
+        hints = hints.of_parts()
+    return band_height((b * rows * columns, t - 1, h // rows, w // columns, c), 1, hints) > 0
 
 
 def parts(
@@ -255,21 +263,25 @@ def parts(
     - `x`: the shape `(b, t, h, w, c)`.
     - `kernel`, `geometry`: height and width of a kernel, and how it is applied.
     """
-    _, *split = hints.split
-    numbers = zip(x[2:4], split, kernel, geometry.pads, geometry.reach, strict=True)
-    fits = _known(x) and all(_fits(*each, geometry) for each in numbers)
-    return (split[0], split[1]) if fits else (1, 1)
+    _, rows, columns = hints.split
+    sides = zip(x[2:4], (rows, columns), kernel, geometry.pads, geometry.reach, strict=True)
+    fits = _known(x) and all(_divides(*side, geometry) for side in sides)
+    return (rows, columns) if fits else (1, 1)
 
 
-def _fits(
+def _divides(
     side: int, number: int, size: int, pads: Sequence[int], reach: Sequence[int], geometry: Geometry
 ) -> bool:
+    """Returns True if the results of `number` parts of a side, joined, are that of the whole.
+
+    A part may depend on its next neighbours, but not on those beyond them.
+    """
     if number == 1:
         return True
     part, enlarged = side // number, geometry.scale * side
     result = (enlarged + sum(pads) - size) // geometry.stride + 1
-    whole = side % number == 0 and part % geometry.stride == 0
-    return whole and result == enlarged // geometry.stride and part >= max(reach)
+    in_step = side % number == 0 and part % geometry.stride == 0
+    return in_step and result == enlarged // geometry.stride and part >= max(reach)
 
 
 def pins_layout(x: Sequence[Any], hints: Hints = Hints()) -> bool:

@@ -22,7 +22,8 @@ from jaxtyping import Array
 from . import choose
 from .choose import Hints
 from .conv import causal_conv, valid_conv
-from .loops import by_bands, by_frames, pinned
+from .frames import pinned
+from .loops import by_bands, by_frames
 from .parts import Edges, Parts
 from .units import Activation, Unit
 
@@ -68,7 +69,7 @@ def _in_chunks_jvp(static: Any, hints: Hints, primals: Any, tangents: Any) -> An
 
 
 def _on_parts(run: Callable, act: Activation, unit: Unit) -> tuple[Array, Array | None]:
-    """Calls `run` with a unit, whose frames' parts are clips if devices share the frames."""
+    """Calls `run` with the unit. If devices share its frames, their parts are its clips."""
     hints, kernel = choose.current_hints(), unit.taps.kernel.shape
     parts = Parts(*choose.parts(unit.x.shape, hints, kernel[1:3], unit.geometry))
     if parts.number == 1:

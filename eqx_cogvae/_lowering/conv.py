@@ -31,7 +31,7 @@ from .._meshes import varying_as, without_varying
 from .._types import at_least_float32
 from . import choose, cpu, frames, tpu, winograd
 from .choose import Geometry, Hints, Spec
-from .parts import Parts
+from .parts import on_parts
 
 LOWERINGS: dict[str, Callable[[Array, Array, Spec], Array]] = {
     lowering.__name__: lowering
@@ -89,31 +89,6 @@ def valid_conv(
         return _bind(conv_p, x, kernel, bias, geometry=geometry, hints=choose.current_hints())
 
     return on_parts(run, x, kernel.shape, geometry)
-
-
-def on_parts(
-    run: Callable[[Array, Geometry], Array],
-    x: Float[Array, "b t h w i"],
-    kernel: Sequence[int],
-    geometry: Geometry,
-) -> Float[Array, "b t2 h2 w2 o"]:
-    """Calls `run`, which convolves frames, on what each device holds of them.
-
-    It is given the parts of frames with the pixels around them, and the geometry that is left.
-    """
-    hints = choose.current_hints()
-    parts = Parts(*choose.parts(x.shape, hints, kernel[1:3], geometry))
-    reach = parts.reached(geometry.reach)
-    if reach == ((0, 0), (0, 0)):
-        return run(x, geometry)
-    x = parts.as_clips(x)
-
-    def pixels(axis: int, start: int, count: int) -> Array:
-        return lax.slice_in_dim(x, start, start + count, axis=axis)
-
-    edges = parts.edges(x.shape[2:4], reach, pixels)
-    with choose.using(hints.of_parts()):
-        return parts.as_frames(run(edges.around(x), geometry.within(reach)))
 
 
 def _bind(primitive: Primitive, *args: Array, **static: Any) -> Array:
@@ -403,7 +378,6 @@ __all__ = [
     "causal_conv",
     "conv_shape",
     "flops",
-    "on_parts",
     "pointwise_conv",
     "valid_conv",
 ]

@@ -39,9 +39,9 @@ def phases(
 
 
 def _of_phases(geometry: Geometry) -> Geometry:
-    """Returns the geometry of the four phases, which see a pixel more than there is on each side.
+    """Returns the geometry of the four phases, for pads of 1 or -1.
 
-    It is a zero, or there already if the large grid leaves one of its pixels out on each side.
+    Each phase sees one pixel beyond the large grid: a zero, or with a pad of -1 a pixel of `x`.
     """
     (above, below), (left, right) = (tuple((n + 1) // 2 for n in pads) for pads in geometry.pads)
     return Geometry(pads=((above, below), (left, right)))
@@ -89,8 +89,8 @@ def by_kernel(
 ) -> Float[Array, "kt kh kw i o"]:
     """Returns the gradient of a convolution with respect to its kernel, of `sizes` taps."""
     if spec.geometry.doubles:
-        phases = spec._replace(geometry=_of_phases(spec.geometry))
-        merged = by_kernel(x, _interleaved_transpose(cotangent), (1, 2, 2), phases)
+        on_phases = spec._replace(geometry=_of_phases(spec.geometry))
+        merged = by_kernel(x, _interleaved_transpose(cotangent), (1, 2, 2), on_phases)
         kernel = jax.ShapeDtypeStruct((*sizes, x.shape[4], cotangent.shape[4]), x.dtype)
         return jax.linear_transpose(_phase_kernels, kernel)(merged)[0]
     stride, (_, *spatial) = spec.geometry.stride, sizes

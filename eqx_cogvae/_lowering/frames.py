@@ -8,8 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from . import choose
 from .choose import Pads, Spec
 
 
@@ -76,6 +78,13 @@ def lax_conv2d(x: Array, kernel: Array, spec: Spec) -> Array:
     )
 
 
+def pinned(x: Array) -> Array:
+    """Fixes the layout of huge frames."""
+    if not choose.pins_layout(x.shape, choose.current_hints()):
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 LOWERINGS = (frames, channels)
 
-__all__ = ["LOWERINGS", "channels", "conv2d", "frames", "lax_conv2d"]
+__all__ = ["LOWERINGS", "channels", "conv2d", "frames", "lax_conv2d", "padded", "pinned"]

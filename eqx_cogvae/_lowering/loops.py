@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from .._meshes import varying_as
-from . import choose
 from .affine import frame, rows
 from .choose import Geometry
 from .conv import valid_conv
+from .frames import pinned
 from .parts import Edges
 from .units import Activation, Unit
 
@@ -152,11 +151,4 @@ def _carry(result: Array, rest: Any, unit: Unit) -> tuple[Array, Any]:
     return jax.tree.unflatten(structure, together[: len(leaves)])
 
 
-def pinned(x: Array) -> Array:
-    """Fixes the layout of huge frames."""
-    if not choose.pins_layout(x.shape, choose.current_hints()):
-        return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
-__all__ = ["by_bands", "by_frames", "pinned"]
+__all__ = ["by_bands", "by_frames"]

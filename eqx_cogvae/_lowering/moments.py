@@ -24,7 +24,7 @@ def moments(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _moments(x: Array, groups: int, parts: tuple[int, int], apart: bool) -> tuple[Array, Array]:
-    # If chunks take the first frame by itself, it is here too, so that XLA need not join frames.
+    # Where chunks take the first frame by itself, so do the moments, lest XLA join the frames.
     stretches = [x[:, :1], x[:, 1:]] if apart else [x]
     stretches = list(map(at_least_float32, stretches))
     if parts != (1, 1):

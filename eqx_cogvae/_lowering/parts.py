@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from . import choose
 from .affine import Affine, nearest
-from .choose import Pads
+from .choose import Geometry, Pads
 
 
 class Edges(NamedTuple):
-    """The pixels around each clip, which are zeros outside of the frames that it is a part of.
+    """The pixels around each clip that is a part of frames. Beyond the frames they are zeros.
 
-    The rows above and below hold the corners. Where frames are not divided, there are none.
+    The rows above and below hold the corners. Along a side that is not divided there are no pixels.
     """
 
     above: Float[Array, "p t above left+w+right c"]
@@ -65,23 +66,18 @@ class Parts(NamedTuple):
         return x.reshape(p // self.number, t, self.rows * h, self.columns * w, c)
 
     def of_affine(self, affine: Affine, size: tuple[int, ...]) -> Affine:
-        """Returns the map of the parts of frames, whose number, height and width are `size`."""
+        """Returns the map of the parts; `size` is the number, height and width of whole frames."""
         mean, scale, shift = affine
         if scale.shape[2:4] == (1, 1):
             return Affine(*map(self._for_each, affine))
         if scale.shape[2] % self.rows or scale.shape[3] % self.columns:
+            # Latents that do not divide are rare. Their scale and shift get the size of the frames.
             scale, shift = (nearest(s, size) for s in (scale, shift))
         return Affine(self._for_each(mean), self.as_clips(scale), self.as_clips(shift))
 
     def _for_each(self, x: Float[Array, "b ..."]) -> Array:
         """Returns values of clips, or one for all of them, for the parts of each clip."""
         return x if x.shape[0] == 1 else jnp.tile(x, (self.number, *[1] * (x.ndim - 1)))
-
-    def reached(self, reach: Pads) -> Pads:
-        """Returns how many pixels of neighbours a convolution reaches that reaches so many."""
-        along_height, along_width = reach
-        none = (0, 0)
-        return along_height if self.rows > 1 else none, along_width if self.columns > 1 else none
 
     def edges(
         self, size: Sequence[int], reach: Pads, pixels: Callable[[int, int, int], Array]
@@ -95,7 +91,9 @@ class Parts(NamedTuple):
         - `pixels`: given an axis, 2 for rows and 3 for columns, a start and a number, it returns
           so many rows or columns of each part.
         """
-        (height, width), ((above, below), (left, right)) = size, self.reached(reach)
+        (height, width), none = size, (0, 0)
+        above, below = reach[0] if self.rows > 1 else none
+        left, right = reach[1] if self.columns > 1 else none
         before, behind = self._exchanged(pixels(3, width - left, left), pixels(3, 0, right), axis=1)
 
         def row(start: int, count: int) -> Array:
@@ -110,7 +108,7 @@ class Parts(NamedTuple):
         clips = last.shape[0]
         last, first = self._by_place(last), self._by_place(first)
         if last.shape[axis] == 2 and last.shape == first.shape:
-            # Each part has one neighbour, and both send at once.
+            # Each part has one neighbour, and both send at once: a reversal is one exchange.
             leads = np.arange(2).reshape([-1 if i == axis else 1 for i in range(last.ndim)]) == 0
             other = jnp.flip(jnp.where(leads, last, first), axis)
             found = jnp.where(leads, 0, other), jnp.where(leads, other, 0)
@@ -130,4 +128,29 @@ def _shifted(x: Array, by: int, axis: int) -> Array:
     return jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
 
 
-__all__ = ["Edges", "Parts"]
+def on_parts(
+    run: Callable[[Array, Geometry], Array],
+    x: Float[Array, "b t h w i"],
+    kernel: Sequence[int],
+    geometry: Geometry,
+) -> Float[Array, "b t2 h2 w2 o"]:
+    """Calls `run`, which convolves frames, on what each device holds of them.
+
+    It is given the parts of frames with the pixels around them, and the geometry that is left.
+    `kernel` is the kernel's shape.
+    """
+    hints = choose.current_hints()
+    parts = Parts(*choose.parts(x.shape, hints, kernel[1:3], geometry))
+    if parts.number == 1:
+        return run(x, geometry)
+    x = parts.as_clips(x)
+
+    def pixels(axis: int, start: int, count: int) -> Array:
+        return jax.lax.slice_in_dim(x, start, start + count, axis=axis)
+
+    edges = parts.edges(x.shape[2:4], geometry.reach, pixels)
+    with choose.using(hints.of_parts()):
+        return parts.as_frames(run(edges.around(x), geometry.within(edges.sizes)))
+
+
+__all__ = ["Edges", "Parts", "on_parts"]

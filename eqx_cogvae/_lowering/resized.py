@@ -10,9 +10,9 @@ from .._meshes import varying_as
 from . import choose
 from .affine import rows
 from .choose import Geometry
-from .conv import conv_shape, on_parts, valid_conv
-from .frames import padded
-from .loops import pinned
+from .conv import conv_shape, valid_conv
+from .frames import padded, pinned
+from .parts import on_parts
 from .units import Taps
 
 
@@ -37,9 +37,9 @@ def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
     """Convolves frames in bands of rows, or one by one."""
     shape = conv_shape(x.shape, taps.kernel.shape, geometry)
     steps = shape[2] // geometry.scale
-    row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps, shape[4]))
-    sizes = (*shape[:2], steps, row, shape[4])
-    height = choose.band_height(sizes, 1, choose.current_hints())
+    # The elements of a band are those that it reads or writes, whichever are more.
+    row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps))
+    height = choose.band_height((*shape[:2], steps, row, 1), 1, choose.current_hints())
     if height:
         return _resized_by_bands(x, taps, geometry, steps, height)
     moved = jnp.moveaxis(x, 1, 0)[:, :, None]
@@ -49,13 +49,17 @@ def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
 
 
 def _resized_by_bands(x: Array, taps: Taps, geometry: Geometry, steps: int, height: int) -> Array:
-    """Convolves frames in bands, of which each makes `height` of `steps` smallest rows."""
+    """Convolves frames in bands of `height` of their `steps`.
+
+    A step is the least that a result can grow by: a row, or two if height is doubled.
+    """
     reach, _ = geometry.reach
     inner = geometry.within((reach, (0, 0)))
     stride, scale = geometry.stride, geometry.scale
     read = x.shape[2] - (steps - height) * stride + sum(reach)
 
     def step(result: Array, i: Array) -> tuple[Array, None]:
+        # A band at an edge is read further inside, and padded, so that all bands have one shape.
         start = i * (height * stride) - reach[0]
         first = jnp.clip(start, 0, x.shape[2] - read)
         seen = padded(rows(x, first, read), (reach, (0, 0)))

@@ -44,8 +44,9 @@ def products(x: Array, kernel: Array, spec: Spec) -> Array:
 def summed(x: Array, kernel: Array, spec: Spec) -> Array:
     """Adds up one 2D convolution of all frames for each tap in time.
 
-    XLA for TPUs fuses the additions into the convolutions. For bands of rows, and for frames that
-    devices share, it estimates fewer cycles and less memory than for `channels`.
+    XLA for TPUs fuses the additions into the convolutions. For bands of rows it estimates fewer
+    cycles and less memory than for `channels`, and so it does for frames that devices share and
+    that cannot be divided into parts.
     """
     taps, b, count = kernel.shape[0], x.shape[0], x.shape[1] - kernel.shape[0] + 1
     total = jnp.zeros((), spec.accumulator)

@@ -54,7 +54,7 @@ class Unit(NamedTuple):
         return self.taps.kernel.shape[0] - 1
 
     def of_frames(self, start: int, stop: int) -> "Unit":
-        """Returns the unit of some of the frames; its cache is still that of the first."""
+        """Returns the unit of frames `start` to `stop`, with the same cache."""
         return self._replace(
             affine=self.affine.of_frames(start, stop, self.x.shape[1]),
             x=self.x[:, start:stop],

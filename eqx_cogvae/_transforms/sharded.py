@@ -18,8 +18,8 @@ from .base import Transform
 # Video is (b, t, h, w, c), and time is never cut: a causal convolution walks along it.
 _DIMS = {"batch": 0, "height": 2, "width": 3}
 _RANK = 5
-# XLA's partitioner convolves wrongly where two devices hold one row, or column, each and the
-# mesh has another axis: measured with JAX 0.10.2.
+# XLA's partitioner, which divides what a user's own layers convolve, does so wrongly where two
+# devices hold one row, or column, each and the mesh has another axis: measured with JAX 0.10.2.
 _LEAST = {"batch": 1, "height": 2, "width": 2}
 # Enlarged by so much, a side shows fn's factor with nothing lost to rounding.
 _PROBE = 64
@@ -138,9 +138,9 @@ def sharded(
 ) -> Sharded:
     """Returns a function that runs `fn` on all devices of a mesh.
 
-    It equals `fn` itself, to rounding. XLA's partitioner exchanges the rows and columns that
-    convolutions see across an edge, and reduces the moments of norms over all devices. The memory
-    of activations on a device falls with the number of devices.
+    It equals `fn` itself, to rounding. Devices exchange the rows and columns that convolutions see
+    across an edge, and the moments of norms. The memory of activations on a device falls with the
+    number of devices.
 
     Arrays of five axes, BTHWC, in the arguments and the results are cut into equal parts, of two
     rows and two columns or more. The weights in `fn` are copied to every device once, by this
