@@ -44,7 +44,7 @@ CHIPS = {
     # 400 GB/s between chips, both ways, over four links: https://cloud.google.com/tpu/docs/v5e.
     # About 1 us for a hop: https://jax-ml.github.io/scaling-book/tpus. 197e12 operations a second
     # on four matrix units of 128x128 are 1.5 GHz; the cycles are those of docs/performance.md.
-    "v5e": Chip("tpu", 50e9, 1e-6, {"decode": 1.32e9 / 1.5e9, "encode": 0.71e9 / 1.5e9}, 1.5e9),
+    "v5e": Chip("tpu", 50e9, 1e-6, {"decode": 1.32e9 / 1.5e9, "encode": 0.65e9 / 1.5e9}, 1.5e9),
     # NVLink's 900 GB/s both ways: https://www.nvidia.com/en-us/data-center/h200. 10 us is what
     # NCCL takes for a small message within a node. The seconds of 49 frames are measured ones.
     "h200": Chip("gpu", 450e9, 10e-6, {"decode": 0.89 * 8 / 49, "encode": 0.43 * 8 / 49}),

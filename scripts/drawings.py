@@ -12,28 +12,28 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "assets"
 
-# Seconds: benchmarks/gpu.py on one H200, bfloat16, and benchmarks/cpu.py on two Zen 3 cores,
-# float32, 9 frames, both with the default configuration on 2026-11-26.
+# Seconds with the default configuration: benchmarks/gpu.py on one H200, bfloat16, 2026-11-26, and
+# benchmarks/cpu.py on two Zen 5 cores, float32, 9 frames, 2026-11-28.
 GPU = {
     "decode 49x480x720": (0.89, 2.10),
     "encode 49x480x720": (0.43, 0.95),
 }
 CPU = {
-    "encode 64x96": (2.64, 3.50),
-    "decode 64x96": (6.00, 9.64),
-    "gradient 64x96": (13.28, 14.41),
-    "encode 128x192": (13.53, 19.91),
-    "decode 128x192": (31.04, 40.94),
-    "gradient 128x192": (75.88, 90.17),
+    "encode 64x96": (0.97, 1.54),
+    "decode 64x96": (1.71, 2.60),
+    "gradient 64x96": (5.85, 5.72),
+    "encode 128x192": (3.65, 6.14),
+    "decode 128x192": (7.03, 13.68),
+    "gradient 128x192": (21.64, 39.93),
 }
-# GiB, of cv.plan for the tiny configuration in float32 on a CPU, 480x720, 2026-11-27:
+# GiB, of cv.plan for the tiny configuration in float32 on a CPU, 480x720, 2026-11-28:
 # `python benchmarks/memory.py --model tiny --dtype float32 --frames N`.
 WAYS = {"whole": "--blue", "streamed": "--green", "tiled": "--orange"}
 MEMORY = {
     "frames": (9, 17, 33, 65, 129, 257),
-    "whole": (1.95, 1.98, 2.04, 2.17, 2.42, 2.93),
-    "streamed": (1.95, 2.22, 2.22, 2.22, 2.22, 2.22),
-    "tiled": (0.546, 0.683, 0.839, 1.15, 1.77, 3.5),
+    "whole": (1.61, 1.78, 1.84, 1.97, 2.22, 2.73),
+    "streamed": (1.61, 2.12, 2.12, 2.12, 2.12, 2.12),
+    "tiled": (0.531, 0.608, 0.764, 1.08, 1.76, 3.5),
 }
 
 _STYLE = """<style>
