@@ -262,6 +262,16 @@ def test_convolutions_exchange_their_edges_once(kind):
     assert exchanges == ["collective-permute"] * 2
 
 
+def test_a_mapped_function_gathers_nothing():
+    """The clips of a `vmap` join those of the batch, which devices share."""
+    layer, mesh = _layers.CausalConv3d(8, 8, key=jax.random.key(0)), mesh_of((2, 2, 2))
+    x = normal((3, 2, 3, 16, 12, 8))
+    spec = NamedSharding(mesh, PartitionSpec(None, "batch", None, "height", "width"))
+    cut = cv.sharded(lambda x: layer(x)[0], mesh, **AXES)
+    args = (jax.device_put(x, spec),)
+    check(eqx.filter_jit(jax.vmap(cut)).lower(*args).compile(), args, jax.vmap(layer)(x)[0])
+
+
 @pytest.mark.parametrize(
     ("frames", "sizes", "edges"),
     [

@@ -614,6 +614,18 @@ def test_a_mean_for_each_frame(split):
         close(jax.jit(functools.partial(chunked.in_chunks, jax.nn.silu))(unit), due)
 
 
+@pytest.mark.parametrize("split", [Split(), Split(height=2, width=5)], ids=["one", "parts"])
+def test_a_map_for_all_clips(split):
+    """Of a user's norm, with a scale for each pixel and one for each square of pixels."""
+    unit = a_unit(None, 5, True, "residual")
+    for size in ((24, 5), (6, 5)):
+        scale, shift = (normal((1, 1, *size, 16), seed) for seed in (1, 2))
+        unit = unit._replace(affine=unit.affine._replace(scale=scale, shift=shift))
+        due = jax.jit(functools.partial(chunked.unchunked, jax.nn.silu))(unit)
+        with choose.using(Hints(split, CHUNKED)):
+            close(jax.jit(functools.partial(chunked.in_chunks, jax.nn.silu))(unit), due)
+
+
 @pytest.mark.parametrize(
     "unit", [pytest.param(UNITS[1], marks=pytest.mark.full), UNITS[4], UNITS[6]], ids=str
 )

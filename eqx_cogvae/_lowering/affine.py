@@ -14,8 +14,8 @@ class Affine(NamedTuple):
     """The map `x -> (x - mean) * scale + shift`, which normalises `x`.
 
     `scale` and `shift` may be of lower resolution than `x`: each pixel takes its nearest
-    neighbour, as `nearest` does. Both have the same resolution, and one for each clip if it is more
-    than a pixel. Each clip and channel has one mean, or one for each frame.
+    neighbour, as `nearest` does. Both have the same resolution, and may be one for all clips. Each
+    clip and channel has one mean, or one for each frame.
     """
 
     mean: Float[Array, "b _t 1 1 c"]

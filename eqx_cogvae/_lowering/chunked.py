@@ -76,7 +76,7 @@ def _on_parts(run: Callable, act: Activation, unit: Unit) -> tuple[Array, Array 
         return run(act, unit, None)
     clips = lambda x: None if x is None else parts.as_clips(x)  # noqa: E731
     unit = unit._replace(
-        affine=parts.of_affine(unit.affine, unit.x.shape[1:4]),
+        affine=parts.of_affine(unit.affine, unit.x.shape[:4]),
         x=parts.as_clips(unit.x),
         cache=clips(unit.cache),
         residual=clips(unit.residual),

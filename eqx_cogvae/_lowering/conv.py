@@ -328,9 +328,10 @@ def _batched_as_clips(primitive: Primitive) -> Callable:
     def rule(args: Sequence[Array], dims: Sequence[int | None], **static: Any) -> Any:
         if any(dim is not None for dim in dims[1:]):
             return _batched_in_a_loop(primitive)(args, dims, **static)
-        first = jnp.moveaxis(args[0], dims[0], 0)  # pyright: ignore
+        # The clips come first. If devices share them, theirs stay together.
+        first = jnp.moveaxis(args[0], dims[0], 1)  # pyright: ignore
         y = primitive.bind(first.reshape(-1, *first.shape[2:]), *args[1:], **static)
-        return y.reshape(*first.shape[:2], *y.shape[1:]), 0
+        return y.reshape(*first.shape[:2], *y.shape[1:]), 1
 
     return rule
 

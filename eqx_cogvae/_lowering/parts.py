@@ -66,13 +66,14 @@ class Parts(NamedTuple):
         return x.reshape(p // self.number, t, self.rows * h, self.columns * w, c)
 
     def of_affine(self, affine: Affine, size: tuple[int, ...]) -> Affine:
-        """Returns the map of the parts; `size` is the number, height and width of whole frames."""
+        """Returns the map of the parts; `size` is that of whole clips, `(b, t, h, w)`."""
         mean, scale, shift = affine
         if scale.shape[2:4] == (1, 1):
             return Affine(*map(self._for_each, affine))
         if scale.shape[2] % self.rows or scale.shape[3] % self.columns:
             # Latents that do not divide are rare. Their scale and shift get the size of the frames.
-            scale, shift = (nearest(s, size) for s in (scale, shift))
+            scale, shift = (nearest(s, size[1:]) for s in (scale, shift))
+        scale, shift = (jnp.broadcast_to(s, (size[0], *s.shape[1:])) for s in (scale, shift))
         return Affine(self._for_each(mean), self.as_clips(scale), self.as_clips(shift))
 
     def _for_each(self, x: Float[Array, "b ..."]) -> Array:
