@@ -560,6 +560,28 @@ def test_resizing_in_chunks(frames, geometry, split, monkeypatch):
     assert bands.call_count == (frames != 10)
 
 
+@pytest.mark.parametrize("split", [Split(), Split(height=2, width=5)], ids=["one", "parts"])
+@pytest.mark.parametrize("geometry", [DOUBLING, STRIDED], ids=["doubling", "strided"])
+def test_derivatives_of_resizing_in_chunks(geometry, split):
+    """Are those of the whole, and take no memory for each band."""
+    x, kernel, bias = normal((1, 5, 64, 20, 6)), normal((3, 3, 6, 5), 1), normal((5,), 2)
+    whole = lambda x, kernel, bias: lowering.valid_conv(x, kernel[None], bias, geometry)  # noqa: E731
+    args = (x, kernel, bias)
+
+    def gradients(fn):
+        loss = lambda *args: jnp.sum(jnp.sin(fn(*args)))  # noqa: E731
+        along = lambda *args: jax.jvp(fn, args, args)[1]  # noqa: E731
+        return jax.jit(lambda *args: (jax.grad(loss, (0, 1, 2))(*args), along(*args)))
+
+    due = gradients(whole)(*args)
+    run = functools.partial(frame_conv, geometry=geometry)
+    with choose.using(Hints(split, CHUNKED)):
+        close(gradients(run)(*args), due, 1e-5)
+        trips = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(run(x, kernel, bias))))(x))
+    # The backward pass is a loop over the frames.
+    assert "length=5" in trips
+
+
 @pytest.mark.usefixtures("memory_as_it_was")
 @pytest.mark.parametrize("sizes", [(1, 3, 3), (3, 1, 1), (3, 5, 3), (3, 9, 3)])
 def test_parts_with_other_kernels(sizes):

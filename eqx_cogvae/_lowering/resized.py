@@ -1,7 +1,11 @@
 """Convolves frames one by one: convolutions that halve or double height and width."""
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -9,7 +13,7 @@ from jaxtyping import Array, Float
 from .._meshes import varying_as
 from . import choose
 from .affine import rows
-from .choose import Geometry
+from .choose import Geometry, Hints
 from .conv import conv_shape, valid_conv
 from .frames import padded, pinned
 from .parts import on_parts
@@ -26,22 +30,50 @@ def frame_conv(
     taps, hints = Taps(kernel[None], bias), choose.current_hints()
     if not choose.in_chunks(x.shape, hints):
         return valid_conv(x, *taps, geometry)
-    if choose.is_first_apart(x.shape, hints):
+    return _in_chunks(geometry, hints, x, taps)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _in_chunks(geometry: Geometry, hints: Hints, x: Array, taps: Taps) -> Array:
+    # Derivatives are traced after the context that the hints came from has ended.
+    with choose.using(hints):
+        run = lambda x: on_parts(_resized(taps), x, taps.kernel.shape, geometry)  # noqa: E731
+        if not choose.is_first_apart(x.shape, hints):
+            return run(x)
         first = pinned(valid_conv(pinned(x[:, :1]), *taps, geometry))
-        rest = frame_conv(x[:, 1:], kernel, bias, geometry)
-        return jnp.concatenate([first, rest], axis=1)
-    return on_parts(lambda x, rest: _resized(x, taps, rest), x, taps.kernel.shape, geometry)
+        return jnp.concatenate([first, run(x[:, 1:])], axis=1)
 
 
-def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
-    """Convolves frames in bands of rows, or one by one."""
-    shape = conv_shape(x.shape, taps.kernel.shape, geometry)
-    steps = shape[2] // geometry.scale
-    # The elements of a band are those that it reads or writes, whichever are more.
-    row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps))
-    height = choose.band_height((*shape[:2], steps, row, 1), 1, choose.current_hints())
-    if height:
-        return _resized_by_bands(x, taps, geometry, steps, height)
+@_in_chunks.defjvp
+def _in_chunks_jvp(geometry: Geometry, hints: Hints, primals: Any, tangents: Any) -> Any:
+    # The derivative goes frame by frame. That of a loop over bands would add an array of all
+    # frames to the cotangent for every band.
+    def plain(x: Array, taps: Taps) -> Array:
+        run = lambda x, rest: _one_by_one(x, taps, rest)  # noqa: E731
+        return on_parts(run, x, taps.kernel.shape, geometry)
+
+    with choose.using(hints):
+        _, tangent = jax.jvp(jax.checkpoint(plain), primals, tangents)
+    return _in_chunks(geometry, hints, *primals), tangent
+
+
+def _resized(taps: Taps) -> Callable[[Array, Geometry], Array]:
+    """Returns a function that convolves frames in bands of rows, or one by one."""
+
+    def run(x: Array, geometry: Geometry) -> Array:
+        shape = conv_shape(x.shape, taps.kernel.shape, geometry)
+        steps = shape[2] // geometry.scale
+        # The elements of a band are those that it reads or writes, whichever are more.
+        row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps))
+        height = choose.band_height((*shape[:2], steps, row, 1), 1, choose.current_hints())
+        if height:
+            return _resized_by_bands(x, taps, geometry, steps, height)
+        return _one_by_one(x, taps, geometry)
+
+    return run
+
+
+def _one_by_one(x: Array, taps: Taps, geometry: Geometry) -> Array:
     moved = jnp.moveaxis(x, 1, 0)[:, :, None]
     y = lax.map(lambda now: valid_conv(now, *taps, geometry)[:, 0], moved)
     # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
