@@ -37,43 +37,42 @@ def frame_conv(
 def _in_chunks(geometry: Geometry, hints: Hints, x: Array, taps: Taps) -> Array:
     # Derivatives are traced after the context that the hints came from has ended.
     with choose.using(hints):
-        run = lambda x: on_parts(_resized(taps), x, taps.kernel.shape, geometry)  # noqa: E731
         if not choose.is_first_apart(x.shape, hints):
-            return run(x)
+            return _on_parts(_resized, x, taps, geometry)
         first = pinned(valid_conv(pinned(x[:, :1]), *taps, geometry))
-        return jnp.concatenate([first, run(x[:, 1:])], axis=1)
+        return jnp.concatenate([first, _on_parts(_resized, x[:, 1:], taps, geometry)], axis=1)
 
 
 @_in_chunks.defjvp
 def _in_chunks_jvp(geometry: Geometry, hints: Hints, primals: Any, tangents: Any) -> Any:
     # The derivative goes frame by frame. That of a loop over bands would add an array of all
     # frames to the cotangent for every band.
-    def plain(x: Array, taps: Taps) -> Array:
-        run = lambda x, rest: _one_by_one(x, taps, rest)  # noqa: E731
-        return on_parts(run, x, taps.kernel.shape, geometry)
-
+    plain = jax.checkpoint(lambda x, taps: _on_parts(_one_by_one, x, taps, geometry))
     with choose.using(hints):
-        _, tangent = jax.jvp(jax.checkpoint(plain), primals, tangents)
+        _, tangent = jax.jvp(plain, primals, tangents)
     return _in_chunks(geometry, hints, *primals), tangent
 
 
-def _resized(taps: Taps) -> Callable[[Array, Geometry], Array]:
-    """Returns a function that convolves frames in bands of rows, or one by one."""
+def _on_parts(convolve: Callable, x: Array, taps: Taps, geometry: Geometry) -> Array:
+    """Calls `convolve(x, taps, geometry)` on what each device holds of the frames."""
+    run = lambda x, rest: convolve(x, taps, rest)  # noqa: E731
+    return on_parts(run, x, taps.kernel.shape, geometry)
 
-    def run(x: Array, geometry: Geometry) -> Array:
-        shape = conv_shape(x.shape, taps.kernel.shape, geometry)
-        steps = shape[2] // geometry.scale
-        # The elements of a band are those that it reads or writes, whichever are more.
-        row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps))
-        height = choose.band_height((*shape[:2], steps, row, 1), 1, choose.current_hints())
-        if height:
-            return _resized_by_bands(x, taps, geometry, steps, height)
+
+def _resized(x: Array, taps: Taps, geometry: Geometry) -> Array:
+    """Convolves frames in bands of rows, or if there are none one by one."""
+    shape = conv_shape(x.shape, taps.kernel.shape, geometry)
+    steps = shape[2] // geometry.scale
+    # The elements of a band are those that it reads or writes, whichever are more.
+    row = max(x.size, math.prod(shape)) // math.prod((*shape[:2], steps))
+    height = choose.band_height((*shape[:2], steps, row, 1), 1, choose.current_hints())
+    if not height:
         return _one_by_one(x, taps, geometry)
-
-    return run
+    return _resized_by_bands(x, taps, geometry, steps, height)
 
 
 def _one_by_one(x: Array, taps: Taps, geometry: Geometry) -> Array:
+    """Convolves frames one after the other."""
     moved = jnp.moveaxis(x, 1, 0)[:, :, None]
     y = lax.map(lambda now: valid_conv(now, *taps, geometry)[:, 0], moved)
     # The barrier fixes one layout for all readers; XLA for TPUs would copy the array for each.
